@@ -1,0 +1,8 @@
+"""Model-based policy optimization as a drop-in for Stable-Baselines3."""
+
+from sb3_mbpo.mbpo import MBPO
+from sb3_mbpo.tasks import takes_tensors
+
+__version__ = "0.1.0"
+
+__all__ = ["MBPO", "takes_tensors"]

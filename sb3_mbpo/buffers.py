@@ -1,0 +1,353 @@
+"""
+Real and imagined transitions side by side.
+
+SB3's replay buffer stays what it is. The imagined rows lie in a ring of their own; a batch for the update is drawn
+from both and is normalised once, as SB3 does on sampling. Nothing here knows a network.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_mbpo.type_aliases import Transitions
+
+PolicyInput: TypeAlias = th.Tensor | dict[str, th.Tensor]
+Samples: TypeAlias = ReplayBufferSamples | DictReplayBufferSamples
+
+
+def why_not_modelled(observation_space: spaces.Space[Any], replay_buffer_class: type[ReplayBuffer]) -> str | None:
+    """
+    :param observation_space: the environment's
+    :param replay_buffer_class: the class that holds the real transitions
+    :return: why MBPO cannot learn the dynamics of these observations; ``None`` when it can
+    """
+    if issubclass(replay_buffer_class, HerReplayBuffer):
+        return "HerReplayBuffer changes the goals of stored transitions, which imagined ones do not have"
+    parts = observation_space.spaces.values() if isinstance(observation_space, spaces.Dict) else [observation_space]
+    for part in parts:
+        if not isinstance(part, spaces.Box) or not np.issubdtype(part.dtype, np.floating):
+            return f"its dynamics predicts real numbers, but the observations hold {part}"
+        if len(part.shape) >= 3:
+            return f"its dynamics is not made for images, but the observations hold {part}"
+    return None
+
+
+class ObservationLayout:
+    """
+    Between observations as the environment gives them (arrays, or dicts of arrays) and flat vectors, which the
+    dynamics and the imagined rows use. A dict is flattened in its space's own order.
+
+    :param observation_space: a Box, or a Dict of Boxes
+    """
+
+    def __init__(self, observation_space: spaces.Space[Any]) -> None:
+        self._is_dict = isinstance(observation_space, spaces.Dict)
+        parts = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+        self._shapes: dict[str, tuple[int, ...]] = {key: tuple(space.shape or ()) for key, space in parts.items()}
+        self._sizes = [int(np.prod(shape)) for shape in self._shapes.values()]
+        self.obs_dim = sum(self._sizes)
+
+    def flatten(self, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+        """
+        :param observations: (batch, *shape), or a dict of them
+        :return: (batch, obs_dim), float32
+        """
+        parts = [observations[key] for key in self._shapes] if isinstance(observations, dict) else [observations]
+        flat: np.ndarray = np.concatenate(
+            [part.reshape(len(part), -1).astype(np.float32, copy=False) for part in parts], axis=1
+        )
+        return flat
+
+    def policy_input(self, observations: th.Tensor, vec_normalize: VecNormalize | None) -> PolicyInput:
+        """
+        :param observations: (batch, obs_dim), raw and flat
+        :param vec_normalize: whose current statistics normalise them; they are not updated
+        :return: (batch, *shape), or a dict of them, float32: what the policy expects
+        """
+        columns = observations.split(self._sizes, dim=-1)
+        parts = {key: column.reshape(-1, *shape) for column, (key, shape) in zip(columns, self._shapes.items(), strict=True)}
+        if vec_normalize is not None:
+            arrays = {key: part.cpu().numpy() for key, part in parts.items()}
+            normalized = vec_normalize.normalize_obs(arrays if self._is_dict else arrays[""])
+            arrays = normalized if isinstance(normalized, dict) else {"": normalized}
+            parts = {key: th.as_tensor(array, device=observations.device) for key, array in arrays.items()}
+        return parts if self._is_dict else parts[""]
+
+
+def _flat(source: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """(buffer_size, n_envs, ...) -> (slots * n_envs, ...)"""
+    flat: np.ndarray = source[slots].reshape(-1, *source.shape[2:])
+    return flat
+
+
+def _usable(buffer: ReplayBuffer) -> tuple[np.ndarray, np.ndarray]:
+    """
+    :return: the slots that hold transitions, and a mask of shape (slots * n_envs,): which ones hold their true next
+        observation. ``VecNormalize`` may have clipped a terminal one; ``optimize_memory_usage`` overwrites those
+        at the end of an episode
+    """
+    slots = np.arange(buffer.size())
+    if buffer.optimize_memory_usage and buffer.full:
+        slots = slots[slots != buffer.pos]  # its successor is already overwritten
+    mask = np.ones(len(slots) * buffer.n_envs, dtype=bool)
+    if buffer.optimize_memory_usage:
+        mask &= _flat(buffer.dones, slots) == 0
+    if hasattr(buffer, "clipped_terminals"):
+        mask &= ~_flat(buffer.clipped_terminals, slots)
+    return slots, mask
+
+
+def count_usable(buffer: ReplayBuffer) -> int:
+    """How many transitions :func:`real_transitions` returns."""
+    return int(_usable(buffer)[1].sum())
+
+
+def real_transitions(buffer: ReplayBuffer, layout: ObservationLayout, device: th.device) -> Transitions:
+    """
+    All real transitions whose next observation is known, of any of SB3's buffers and any number of environments.
+
+    :param buffer: SB3's own
+    :param layout: of the observations
+    :param device: of the result
+    :return: raw observations and rewards, scaled actions, slot by slot
+    """
+    slots, mask = _usable(buffer)
+    next_slots, next_source = slots, getattr(buffer, "next_observations", None)
+    if buffer.optimize_memory_usage:
+        next_slots, next_source = (slots + 1) % buffer.buffer_size, buffer.observations
+
+    def flat_observations(source: Any, rows: np.ndarray) -> th.Tensor:
+        parts = {key: _flat(part, rows) for key, part in source.items()} if isinstance(source, dict) else _flat(source, rows)
+        return th.as_tensor(layout.flatten(parts)[mask])
+
+    timeouts = _flat(buffer.timeouts, slots).astype(bool)
+    data = Transitions(
+        observations=flat_observations(buffer.observations, slots),
+        actions=th.as_tensor(_flat(buffer.actions, slots)[mask].astype(np.float32, copy=False)),
+        next_observations=flat_observations(next_source, next_slots),
+        rewards=th.as_tensor(_flat(buffer.rewards, slots)[mask]),
+        terminated=th.as_tensor((_flat(buffer.dones, slots).astype(bool) & ~timeouts)[mask]),
+    )
+    return Transitions(*(field.to(device) for field in data))
+
+
+def check_finite(
+    observations: np.ndarray | dict[str, np.ndarray],
+    rewards: np.ndarray,
+    infos: list[dict[str, Any]],
+    env: VecNormalize | None,
+) -> None:
+    """
+    Call this before a transition is stored.
+
+    :param observations: (n_envs, *shape), or a dict of them, as the environment returned them
+    :param rewards: (n_envs,)
+    :param infos: one dict per environment, with the last observation of an episode
+    :param env: if given, it has the raw values
+    :raises ValueError: for NaN or infinity in an observation or a reward
+    """
+    if env is not None:
+        observations, rewards = env.get_original_obs(), env.get_original_reward()
+    sources: list[tuple[str, Any]] = [("observation", observations), ("reward", rewards)]
+    sources += [("terminal observation", info["terminal_observation"]) for info in infos if "terminal_observation" in info]
+    for name, source in sources:
+        for values in source.values() if isinstance(source, dict) else [source]:
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"Expected finite numbers from the environment, but its {name} is {values}. "
+                    "It was not stored. Mend the environment, or let it end the episode first."
+                )
+
+
+def mark_clipped_terminals(
+    buffer: ReplayBuffer, dones: np.ndarray, infos: list[dict[str, Any]], env: VecNormalize | None
+) -> None:
+    """
+    Call this before a transition is stored. ``VecNormalize`` clips the last observation of an episode before SB3 gets
+    to un-normalise and store it, so a clipped one is wrong. The marks lie on the buffer, to be saved with it.
+
+    :param buffer: about to store the transition at ``buffer.pos``
+    :param dones: (n_envs,)
+    :param infos: one dict per environment
+    :param env: the wrapper that clips, if there is one
+    """
+    if env is None or not env.norm_obs:
+        return
+    if not hasattr(buffer, "clipped_terminals"):
+        buffer.clipped_terminals = np.zeros(buffer.dones.shape, dtype=bool)  # type: ignore[attr-defined]
+    for index, (done, info) in enumerate(zip(dones, infos, strict=True)):
+        last = info.get("terminal_observation") if done else None
+        parts = [] if last is None else [last[key] for key in env.norm_obs_keys] if isinstance(last, dict) else [last]  # type: ignore[union-attr]
+        clipped = any(np.any(np.abs(part) >= env.clip_obs) for part in parts)
+        buffer.clipped_terminals[buffer.pos, index] = clipped  # type: ignore[attr-defined]
+
+
+class ImaginedBuffer:
+    """
+    A ring of imagined transitions: the newest ``capacity`` rows, one contiguous float32 row each.
+
+    :param capacity: rows
+    :param obs_dim: of the flattened observation
+    :param action_dim: of the flattened action
+    :param device: where the rows lie
+    """
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: th.device) -> None:
+        self.capacity = capacity
+        self._widths = [obs_dim, action_dim, obs_dim, 1, 1]
+        self._rows = th.empty(capacity, sum(self._widths), device=device)  # memory is touched as rows arrive
+        self._pos = 0
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the full ring."""
+        return self._rows.nbytes
+
+    def add(self, transitions: Transitions) -> None:
+        """Stores a whole round at once; the oldest rows give way. :param transitions: raw, on the same device"""
+        newest = transitions.rows(th.arange(len(transitions))[-self.capacity :])
+        slots = (self._pos + th.arange(len(newest), device=self._rows.device)) % self.capacity
+        columns = [field if field.dim() == 2 else field.float().unsqueeze(-1) for field in newest]
+        self._rows[slots] = th.cat(columns, dim=-1)
+        self._pos = (self._pos + len(newest)) % self.capacity
+        self._size = min(self._size + len(newest), self.capacity)
+
+    def newest(self, n_rows: int) -> Transitions:
+        """The last ``n_rows`` that were added (all, if there are fewer), oldest first."""
+        ages = th.arange(min(n_rows, self._size), 0, -1, device=self._rows.device)
+        return self._unpack(self._rows[(self._pos - ages) % self.capacity])
+
+    def resize(self, capacity: int) -> None:
+        """Keeps the newest rows. :param capacity: rows from now on"""
+        if capacity == self.capacity:
+            return
+        kept = self.newest(capacity)
+        resized = ImaginedBuffer(capacity, self._widths[0], self._widths[1], self._rows.device)
+        resized.add(kept)
+        self.__dict__.update(resized.__dict__)
+
+    def sample(self, n_rows: int, generator: th.Generator) -> Transitions:
+        """
+        Uniform, with replacement.
+
+        :param n_rows: how many
+        :param generator: draws the rows
+        """
+        return self._unpack(self._rows[th.randint(self._size, (n_rows,), generator=generator, device=self._rows.device)])
+
+    def _unpack(self, rows: th.Tensor) -> Transitions:
+        observations, actions, next_observations, rewards, terminated = rows.split(self._widths, dim=-1)
+        return Transitions(observations, actions, next_observations, rewards.squeeze(-1), terminated.squeeze(-1) > 0.5)
+
+
+class ModelAugmentedReplayBuffer:
+    """
+    Draws batches of ``round(real_ratio * batch_size)`` real rows and, below them, imagined ones. Before there are
+    imagined rows, all are real.
+
+    :param real: SB3's own buffer; draws as it always does, from NumPy's global stream
+    :param imagined: the imagined rows
+    :param layout: of the observations
+    :param real_ratio: share of real rows in every batch
+    :param gamma: discount of an imagined row, where the real ones bring their own (n-step returns)
+    :param generator: draws the imagined rows
+    """
+
+    def __init__(
+        self,
+        real: ReplayBuffer,
+        imagined: ImaginedBuffer,
+        layout: ObservationLayout,
+        real_ratio: float,
+        gamma: float,
+        generator: th.Generator,
+    ) -> None:
+        self.real = real
+        self.imagined = imagined
+        self.layout = layout
+        self.real_ratio = real_ratio
+        self.gamma = gamma
+        self.generator = generator
+
+    def n_real(self, batch_size: int) -> int:
+        """Real rows in a batch of this size."""
+        return round(self.real_ratio * batch_size) if len(self.imagined) else batch_size
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> Samples:
+        """
+        :param batch_size: rows
+        :param env: normalises observations and rewards, if given
+        :return: one mixed batch
+        """
+        return self.sample_batches(1, batch_size, env)[0]
+
+    def sample_batches(self, n_batches: int, batch_size: int, env: VecNormalize | None = None) -> list[Samples]:
+        """
+        All batches of one call of ``train``, drawn at once.
+
+        :param n_batches: how many
+        :param batch_size: rows of each
+        :param env: normalises observations and rewards, if given
+        """
+        n_real = self.n_real(batch_size)
+        sources: list[Samples] = []
+        if n_real > 0:
+            sources.append(self.real.sample(n_batches * n_real, env=env))
+        if n_real < batch_size:
+            sources.append(self._imagined_samples(n_batches * (batch_size - n_real), env))
+        # one list of batches per source, then one joined batch for each index
+        batches = [_split(source, n_batches) for source in sources]
+        return [_join(list(parts)) for parts in zip(*batches, strict=True)]
+
+    def _imagined_samples(self, n_rows: int, env: VecNormalize | None) -> Samples:
+        rows = self.imagined.sample(n_rows, self.generator)
+        rewards = rows.rewards
+        if env is not None:
+            rewards = th.as_tensor(env.normalize_reward(rewards.cpu().numpy()), device=rewards.device)
+        return ReplayBufferSamples(
+            observations=self.layout.policy_input(rows.observations, env),  # type: ignore[arg-type]
+            actions=rows.actions,
+            next_observations=self.layout.policy_input(rows.next_observations, env),  # type: ignore[arg-type]
+            dones=rows.terminated.float().unsqueeze(-1),
+            rewards=rewards.unsqueeze(-1),
+            discounts=th.full_like(rewards, self.gamma).unsqueeze(-1),
+        )
+
+
+def _split(samples: Samples, n_batches: int) -> list[Samples]:
+    """Into equal batches, as views. SB3 samples what the environment gave, float64 too: the policy wants float32."""
+    fields: list[list[Any]] = []
+    for field in samples:
+        if field is None:
+            fields.append([None] * n_batches)
+        elif isinstance(field, dict):
+            chunks = {key: part.float().chunk(n_batches) for key, part in field.items()}
+            fields.append([{key: parts[index] for key, parts in chunks.items()} for index in range(n_batches)])
+        else:
+            fields.append(list(field.float().chunk(n_batches)))
+    return [type(samples)(*batch) for batch in zip(*fields, strict=True)]
+
+
+def _join(parts: list[Samples]) -> Samples:
+    """One batch out of a real and an imagined part. Without n-step returns, every discount is the algorithm's gamma."""
+    if len(parts) == 1:
+        return parts[0]
+    fields: list[Any] = []
+    for values in zip(*parts, strict=True):
+        if any(value is None for value in values):
+            fields.append(None)
+        elif isinstance(values[0], dict):
+            fields.append({key: th.cat([value[key] for value in values]) for key in values[0]})
+        else:
+            fields.append(th.cat(values))
+    return type(parts[0])(*fields)

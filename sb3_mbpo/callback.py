@@ -1,0 +1,59 @@
+"""When the dynamics is due: fit, imagine, store, log. Holds no state of its own; the counters lie on the model."""
+
+import time
+from typing import TYPE_CHECKING
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+if TYPE_CHECKING:
+    from sb3_mbpo.mbpo import MBPO
+
+
+class DynamicsCallback(BaseCallback):
+    """
+    Runs at the end of SB3's rollouts, when the new transitions are stored and before ``train``. ``MBPO`` attaches a
+    new one for every call of ``learn``.
+    """
+
+    model: "MBPO"
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if not self.model.dynamics_due():
+            return
+        self._log_fit()
+        self._log_imagination()
+
+    def _log_fit(self) -> None:
+        result = self.model.fit_dynamics()
+        elite_mse = sum(result.holdout_mse[member] for member in result.elites) / len(result.elites)
+        values = {
+            "holdout_mse": elite_mse,
+            "holdout_mse_state": result.holdout_mse_state,
+            "holdout_mse_reward": result.holdout_mse_reward,
+            "train_nll": result.train_nll,
+            "predicted_std": result.predicted_std,
+            "disagreement": result.disagreement,
+            "epochs": result.epochs,
+            "gradient_steps": result.gradient_steps,
+            "fit_seconds": result.seconds,
+            "termination_precision": result.termination_precision,
+            "termination_recall": result.termination_recall,
+        }
+        for key, value in values.items():
+            if value is not None:
+                self.logger.record(f"dynamics/{key}", value)
+
+    def _log_imagination(self) -> None:
+        start = time.perf_counter()
+        rows = self.model.imagine()
+        seconds = time.perf_counter() - start
+        buffer = self.model.imagined_buffer
+        assert buffer is not None  # `dynamics_due` said so
+        self.logger.record("imagined/rollout_length", self.model.current_rollout_length())
+        self.logger.record("imagined/rows", rows)
+        self.logger.record("imagined/ended", buffer.newest(rows).terminated.float().mean().item())
+        self.logger.record("imagined/buffer_fill", len(buffer) / buffer.capacity)
+        self.logger.record("imagined/seconds", seconds)

@@ -1,0 +1,232 @@
+"""The learned dynamics: raw observations and scaled actions in, a Gaussian over the raw next observation and reward out."""
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch as th
+from gymnasium import spaces
+from torch import nn
+
+from sb3_mbpo.ensemble import GaussianEnsemble, TerminationHead
+from sb3_mbpo.scaler import Standardizer
+from sb3_mbpo.tasks import evaluate_reward, evaluate_termination
+from sb3_mbpo.type_aliases import RewardFn, Step, TerminationFn, Transitions
+
+
+@dataclass(frozen=True)
+class DynamicsConfig:
+    """
+    What ``dynamics_kwargs`` may hold. The defaults are the paper's (Janner et al. 2019, code), but for the last.
+
+    :param ensemble_size: number of members
+    :param n_elites: members that imagine, those of lowest holdout error
+    :param net_arch: widths of the hidden layers
+    :param activation_fn: activation between the layers
+    :param learning_rate: of Adam
+    :param weight_decay: lambda of the penalty ``0.5 * lambda * |W|**2``, one for all layers or one for each
+    :param batch_size: rows per member and gradient step
+    :param holdout_ratio: share of the real transitions that is kept from training and ranks the members
+    :param max_holdout: upper bound of the holdout, in rows
+    :param patience: the fit stops after more than this many epochs in which no member improved
+    :param improvement: relative fall of a member's holdout error that counts as an improvement
+    :param max_gradient_steps: upper bound of the gradient steps of one fit; ``None``: no bound
+    :param normalize_targets: whether to standardise the targets too, state and reward each on its own
+        (arXiv 2510.01457); ``False`` is the paper's
+    """
+
+    ensemble_size: int = 7
+    n_elites: int = 5
+    net_arch: tuple[int, ...] = (200, 200, 200, 200)
+    activation_fn: type[nn.Module] = nn.SiLU
+    learning_rate: float = 1e-3
+    weight_decay: float | tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
+    batch_size: int = 256
+    holdout_ratio: float = 0.2
+    max_holdout: int = 5000
+    patience: int = 5
+    improvement: float = 0.01
+    max_gradient_steps: int | None = None
+    normalize_targets: bool = True
+
+    @classmethod
+    def from_kwargs(cls, dynamics_kwargs: dict[str, Any] | None) -> "DynamicsConfig":
+        """
+        :param dynamics_kwargs: any of the fields by name
+        :raises ValueError: for an unknown name or a value out of range
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(dynamics_kwargs or {}) - set(known))
+        if unknown:
+            raise ValueError(f"`dynamics_kwargs` got {unknown}, which it does not know. It may hold: {', '.join(known)}.")
+        config = cls(**(dynamics_kwargs or {}))
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        n_layers = len(self.net_arch) + 1
+        rules = [
+            ("ensemble_size", self.ensemble_size >= 1, "at least 1"),
+            ("n_elites", 1 <= self.n_elites <= self.ensemble_size, f"from 1 to `ensemble_size`={self.ensemble_size}"),
+            ("net_arch", all(width >= 1 for width in self.net_arch), "a list of layer widths such as [200, 200]"),
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("weight_decay", len(self.layer_decays) == n_layers, f"a float, or {n_layers} floats, one per layer"),
+            ("weight_decay", min(self.layer_decays) >= 0, "at least 0"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("holdout_ratio", 0 < self.holdout_ratio < 1, "above 0 and below 1"),
+            ("max_holdout", self.max_holdout >= 1, "at least 1"),
+            ("patience", self.patience >= 0, "at least 0"),
+            ("improvement", 0 <= self.improvement < 1, "at least 0 and below 1"),
+            ("max_gradient_steps", (self.max_gradient_steps or 1) >= 1, "None or at least 1"),
+        ]
+        for name, holds, expected in rules:
+            if not holds:
+                raise ValueError(f"dynamics_kwargs[{name!r}] must be {expected}, but got {getattr(self, name)!r}.")
+
+    @property
+    def layer_decays(self) -> tuple[float, ...]:
+        """The weight decay of each layer, first to last."""
+        if isinstance(self.weight_decay, (int, float)):
+            return (float(self.weight_decay),) * (len(self.net_arch) + 1)
+        return tuple(self.weight_decay)
+
+
+class GaussianPrediction(NamedTuple):
+    """
+    Independent Gaussians over the next observation and, last, the reward: (..., batch, obs_dim + 1) each.
+    """
+
+    mean: th.Tensor
+    std: th.Tensor
+
+    def sample(self, generator: th.Generator) -> th.Tensor:
+        """One draw of the same shape, differentiable in mean and std. :param generator: of the noise"""
+        noise = th.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + self.std * noise
+
+    def disagreement(self) -> th.Tensor:
+        """
+        Standard deviation between the members' means, (batch, obs_dim + 1), in the units of the prediction.
+        Asks for a prediction of several members, (members, batch, obs_dim + 1).
+        """
+        return self.mean.std(dim=0, correction=0)
+
+
+class Dynamics(nn.Module):
+    """
+    An ensemble with its scalers, and the rules by which a step ends a task and earns a reward.
+
+    Observations are raw and flat, actions scaled to [-1, 1]. It is differentiable in both and knows nothing of
+    buffers, policies or callbacks.
+
+    :param obs_dim: dimensions of the flattened observation
+    :param action_space: the environment's; gives user functions their actions back in its units
+    :param config: sizes and targets
+    :param generator: draws the initial weights
+    :param termination_fn: known rule; ``None``: the learned head decides
+    :param reward_fn: known reward; ``None``: the ensemble predicts it
+    """
+
+    _action_low: th.Tensor
+    _action_range: th.Tensor
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_space: spaces.Box,
+        config: DynamicsConfig,
+        generator: th.Generator,
+        termination_fn: TerminationFn | None = None,
+        reward_fn: RewardFn | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.termination_fn = termination_fn
+        self.reward_fn = reward_fn
+        low, high = (th.as_tensor(bound.reshape(-1), dtype=th.float32) for bound in (action_space.low, action_space.high))
+        self.register_buffer("_action_low", low, persistent=False)
+        self.register_buffer("_action_range", high - low, persistent=False)
+        input_dim, output_dim = obs_dim + len(low), obs_dim + 1
+        self.ensemble = GaussianEnsemble(
+            input_dim, output_dim, config.ensemble_size, list(config.net_arch), config.activation_fn, generator
+        )
+        self.input_scaler = Standardizer(input_dim)
+        self.target_scaler = Standardizer(output_dim)
+        self.termination_head = TerminationHead(input_dim + obs_dim, 64, generator)
+
+    def fit_scalers(self, data: Transitions) -> None:
+        """:param data: the training split, (batch, ...), raw"""
+        self.input_scaler.fit(th.cat((data.observations, data.actions), dim=-1))
+        if self.config.normalize_targets:
+            self.target_scaler.fit(self._raw_targets(data))
+
+    def scaled_inputs(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :param observations: (batch, obs_dim), raw
+        :param actions: (batch, action_dim), in [-1, 1]
+        :return: (batch, obs_dim + action_dim), what the ensemble sees
+        """
+        return self.input_scaler.scale(th.cat((observations, actions), dim=-1))
+
+    def scaled_targets(self, data: Transitions) -> th.Tensor:
+        """:return: (batch, obs_dim + 1), scaled ``[next_observation - observation, reward]``"""
+        return self.target_scaler.scale(self._raw_targets(data))
+
+    def termination_inputs(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
+        """:return: (batch, 2 * obs_dim + action_dim), scaled, what the termination head sees"""
+        obs_dim = observations.shape[-1]
+        scaled_next = (next_observations - self.input_scaler.mean[:obs_dim]) / self.input_scaler.std[:obs_dim]
+        return th.cat((self.scaled_inputs(observations, actions), scaled_next), dim=-1)
+
+    def predict(self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor | None = None) -> GaussianPrediction:
+        """
+        The distribution of the next observation and the reward.
+
+        :param observations: (batch, obs_dim), raw
+        :param actions: (batch, action_dim), in [-1, 1]
+        :param members: (batch,), the member that predicts each row; ``None``: every member predicts every row,
+            and the shapes gain a leading ensemble dimension
+        :return: mean and standard deviation, (batch, obs_dim + 1), raw: the next observation and, last, the reward
+        """
+        inputs = self.scaled_inputs(observations, actions)
+        mean, log_var = self.ensemble(inputs) if members is None else self.ensemble.forward_members(inputs, members)
+        mean = self.target_scaler.unscale(mean)
+        std = (0.5 * log_var).exp() * self.target_scaler.std
+        next_mean = observations + mean[..., :-1]
+        return GaussianPrediction(th.cat((next_mean, mean[..., -1:]), dim=-1), std)
+
+    def step(self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor, generator: th.Generator) -> Step:
+        """
+        One imagined step: a draw from each row's member, then termination and reward.
+
+        :param observations: (batch, obs_dim), raw
+        :param actions: (batch, action_dim), in [-1, 1]
+        :param members: (batch,), the member of each row
+        :param generator: of the noise
+        :raises ValueError: when a user's function returns a wrong shape or type
+        """
+        outcome = self.predict(observations, actions, members).sample(generator)
+        next_observations, rewards = outcome[..., :-1], outcome[..., -1]
+        if self.reward_fn is not None:
+            rewards = evaluate_reward(self.reward_fn, observations, self.unscale_actions(actions), next_observations)
+        return Step(next_observations, rewards, self.terminated(observations, actions, next_observations))
+
+    def terminated(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
+        """
+        By the known rule, else by the learned head.
+
+        :param observations: (batch, obs_dim), raw
+        :param actions: (batch, action_dim), in [-1, 1]
+        :param next_observations: (batch, obs_dim), raw
+        :return: (batch,), bool
+        """
+        if self.termination_fn is None:
+            return self.termination_head.terminated(self.termination_inputs(observations, actions, next_observations))
+        return evaluate_termination(self.termination_fn, observations, self.unscale_actions(actions), next_observations)
+
+    def unscale_actions(self, actions: th.Tensor) -> th.Tensor:
+        """From [-1, 1] to the environment's units."""
+        return self._action_low + 0.5 * (actions + 1.0) * self._action_range
+
+    @staticmethod
+    def _raw_targets(data: Transitions) -> th.Tensor:
+        return th.cat((data.next_observations - data.observations, data.rewards.unsqueeze(-1)), dim=-1)

@@ -1,0 +1,227 @@
+"""Fitting: the ensemble by maximum likelihood, each member on its own bootstrap and back to its own best weights."""
+
+import time
+
+import torch as th
+import torch.nn.functional as F
+
+from sb3_mbpo.dynamics import Dynamics, GaussianPrediction
+from sb3_mbpo.ensemble import GaussianEnsemble
+from sb3_mbpo.type_aliases import FitResult, Transitions
+
+#: A holdout of one row in five needs a few rows to say anything.
+MIN_TRANSITIONS = 10
+
+
+def make_optimizer(dynamics: Dynamics) -> th.optim.Adam:
+    """
+    Adam with each layer's own decay. Its ``weight_decay`` adds ``lambda * W`` to the gradient: the paper's penalty
+    ``0.5 * lambda * |W|**2``, exactly.
+
+    :param dynamics: on its device
+    """
+    ensemble, config = dynamics.ensemble, dynamics.config
+    decays = zip(ensemble.weights, config.layer_decays, strict=True)
+    groups = [{"params": [weight], "weight_decay": decay} for weight, decay in decays]
+    groups.append({"params": [*ensemble.biases, ensemble.max_log_var, ensemble.min_log_var], "weight_decay": 0.0})
+    return th.optim.Adam(groups, lr=config.learning_rate, fused=True)
+
+
+def split_holdout(
+    data: Transitions, holdout_ratio: float, max_holdout: int, generator: th.Generator
+) -> tuple[Transitions, Transitions]:
+    """
+    A new random split, at least one row on either side.
+
+    :param data: at least two rows
+    :param holdout_ratio: share of the holdout
+    :param max_holdout: its upper bound, in rows
+    :param generator: draws the rows
+    :return: training rows, holdout rows
+    """
+    n_holdout = max(1, min(int(len(data) * holdout_ratio), max_holdout))
+    order = th.randperm(len(data), generator=generator, device=generator.device)
+    return data.rows(order[n_holdout:]), data.rows(order[:n_holdout])
+
+
+def ensemble_loss(ensemble: GaussianEnsemble, inputs: th.Tensor, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Negative log-likelihood, up to a constant, and the pull on the variance bounds (Chua et al. 2018, appendix A.1).
+
+    .. math:: \\sum_i \\mathrm{mean}[(\\mu_i - y)^2 e^{-v_i} + v_i] + 0.01 (\\sum v_{max} - \\sum v_{min})
+
+    :param ensemble: members i
+    :param inputs: (ensemble, batch, input_dim), scaled
+    :param targets: (ensemble, batch, output_dim), scaled
+    :return: the loss, and the first term as a mean over members, detached
+    """
+    mean, log_var = ensemble(inputs)
+    likelihood = ((mean - targets).square() * (-log_var).exp() + log_var).mean(dim=(1, 2))
+    bounds = 0.01 * (ensemble.max_log_var.sum() - ensemble.min_log_var.sum())
+    return likelihood.sum() + bounds, likelihood.detach().mean()
+
+
+class BestWeights:
+    """
+    Each member's weights as they were when its own holdout error was lowest.
+
+    :param ensemble: whose members these are
+    :param improvement: relative fall of the error that counts
+    """
+
+    def __init__(self, ensemble: GaussianEnsemble, improvement: float) -> None:
+        self._parameters = [*ensemble.weights, *ensemble.biases]  # the ensemble dimension first
+        self._best = [parameter.detach().clone() for parameter in self._parameters]
+        self._improvement = improvement
+        self.errors = th.full((ensemble.ensemble_size,), th.inf, device=self._best[0].device)
+
+    def update(self, errors: th.Tensor) -> bool:
+        """
+        :param errors: (ensemble,), of the weights as they are
+        :return: whether any member improved
+        """
+        improved = errors < self.errors * (1.0 - self._improvement)
+        for best, parameter in zip(self._best, self._parameters, strict=True):
+            best[improved] = parameter.detach()[improved]
+        self.errors = th.where(improved, errors, self.errors)
+        return bool(improved.any())
+
+    def restore(self) -> None:
+        """Every member returns to its own best."""
+        with th.no_grad():
+            for best, parameter in zip(self._best, self._parameters, strict=True):
+                parameter.copy_(best)
+
+
+def check_termination(dynamics: Dynamics, data: Transitions) -> None:
+    """
+    Compares the known termination rule with what the environment logged.
+
+    :param dynamics: with a ``termination_fn``
+    :param data: all real transitions, raw
+    :raises ValueError: when more than 1 % of the terminations, and more than one row, disagree
+    """
+    predicted = dynamics.terminated(data.observations, data.actions, data.next_observations)
+    wrong = predicted != data.terminated
+    n_wrong, n_either = int(wrong.sum()), int((predicted | data.terminated).sum())
+    if n_wrong > max(1, 0.01 * n_either):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"The termination rule disagrees with the environment in {n_wrong} of {len(data)} transitions, "
+            f"rows {wrong.nonzero().flatten()[:10].tolist()}: for row {row} it says {bool(predicted[row])}, the environment "
+            f"said {bool(data.terminated[row])}, next observation {data.next_observations[row].tolist()}. "
+            "Pass a `termination_fn` that fits this environment."
+        )
+
+
+def fit_ensemble(dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transitions, generator: th.Generator) -> FitResult:
+    """
+    Fits scalers and ensemble to the real transitions. Weights and Adam's state carry on from the last fit.
+
+    Holdout, bootstrap, stopping rule, restored weights and elites are those of Janner et al. 2019 (their code, ``bnn.py``).
+
+    :param dynamics: fitted in place
+    :param optimizer: of the ensemble, see :func:`make_optimizer`
+    :param data: all real transitions, raw, at least ``MIN_TRANSITIONS``
+    :param generator: draws holdout, bootstraps and batches
+    """
+    start = time.perf_counter()
+    config, ensemble = dynamics.config, dynamics.ensemble
+    train, holdout = split_holdout(data, config.holdout_ratio, config.max_holdout, generator)
+    dynamics.fit_scalers(train)
+    inputs, targets = dynamics.scaled_inputs(train.observations, train.actions), dynamics.scaled_targets(train)
+    bootstrap = th.randint(
+        len(train), (config.ensemble_size, len(train)), generator=generator, device=inputs.device
+    )  # drawn once: members differ because their data do
+
+    best = BestWeights(ensemble, config.improvement)
+    max_steps = config.max_gradient_steps or th.inf
+    epochs = steps = stale_epochs = 0
+    while stale_epochs <= config.patience and steps < max_steps:
+        epochs += 1
+        likelihoods = []
+        for columns in th.randperm(len(train), generator=generator, device=inputs.device).split(config.batch_size):
+            rows = bootstrap[:, columns]
+            loss, likelihood = ensemble_loss(ensemble, inputs[rows], targets[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            likelihoods.append(likelihood)
+            steps += 1
+            if steps >= max_steps:
+                break
+        errors = _evaluate(dynamics, holdout)[0].mean(dim=1)
+        stale_epochs = 0 if best.update(errors) else stale_epochs + 1
+    best.restore()
+
+    squared_errors, prediction = _evaluate(dynamics, holdout)
+    member_errors = squared_errors.mean(dim=1)
+    elites = th.argsort(member_errors)[: config.n_elites]
+    elite_prediction = GaussianPrediction(prediction.mean[elites], prediction.std[elites])
+    return FitResult(
+        elites=tuple(elites.tolist()),
+        holdout_mse=tuple(member_errors.tolist()),
+        holdout_mse_state=squared_errors[elites, :-1].mean().item(),
+        holdout_mse_reward=squared_errors[elites, -1].mean().item(),
+        train_nll=th.stack(likelihoods).mean().item(),
+        predicted_std=elite_prediction.std.mean().item(),
+        disagreement=elite_prediction.disagreement().mean().item(),
+        epochs=epochs,
+        gradient_steps=steps,
+        seconds=time.perf_counter() - start,
+    )
+
+
+@th.no_grad()
+def _evaluate(dynamics: Dynamics, holdout: Transitions) -> tuple[th.Tensor, GaussianPrediction]:
+    """Squared errors per member and dimension, (ensemble, output_dim), and the predictions, all in scaled units."""
+    mean, log_var = dynamics.ensemble(dynamics.scaled_inputs(holdout.observations, holdout.actions))
+    errors = (mean - dynamics.scaled_targets(holdout)).square().mean(dim=1)
+    return errors, GaussianPrediction(mean, (0.5 * log_var).exp())
+
+
+def fit_termination(
+    dynamics: Dynamics,
+    optimizer: th.optim.Optimizer,
+    data: Transitions,
+    generator: th.Generator,
+    gradient_steps: int = 500,
+    batch_size: int = 256,
+) -> tuple[float, float]:
+    """
+    Fits the termination head on batches that are half terminations. The head's scaling is the ensemble's, so fit that
+    first. Data without a termination leave it as it is.
+
+    :param dynamics: fitted in place
+    :param optimizer: of ``dynamics.termination_head``
+    :param data: all real transitions, raw
+    :param generator: draws holdout and batches
+    :param gradient_steps: of one fit
+    :param batch_size: rows per gradient step
+    :return: precision and recall on the holdout; NaN where nothing was predicted, or nothing was there
+    """
+    head, config = dynamics.termination_head, dynamics.config
+    train, holdout = split_holdout(data, config.holdout_ratio, config.max_holdout, generator)
+    inputs = dynamics.termination_inputs(train.observations, train.actions, train.next_observations)
+    ended, others = inputs[train.terminated], inputs[~train.terminated]
+    if len(ended) and len(others):
+        labels = th.cat((th.ones(batch_size // 2), th.zeros(batch_size // 2))).to(inputs.device)
+        for _ in range(gradient_steps):
+            half_batches = [
+                rows[th.randint(len(rows), (batch_size // 2,), generator=generator, device=rows.device)]
+                for rows in (ended, others)
+            ]
+            loss = F.binary_cross_entropy_with_logits(head(th.cat(half_batches)), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        head.log_prior_odds.fill_(th.tensor(len(ended) / len(others)).log().item())
+    with th.no_grad():
+        predicted = head.terminated(
+            dynamics.termination_inputs(holdout.observations, holdout.actions, holdout.next_observations)
+        )
+    correct = (predicted & holdout.terminated).sum().item()
+    return (
+        correct / predicted.sum().item() if predicted.any() else float("nan"),
+        correct / holdout.terminated.sum().item() if holdout.terminated.any() else float("nan"),
+    )

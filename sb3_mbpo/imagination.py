@@ -1,0 +1,46 @@
+"""Short rollouts of the current policy inside the learned dynamics."""
+
+from collections.abc import Sequence
+
+import torch as th
+
+from sb3_mbpo.dynamics import Dynamics
+from sb3_mbpo.type_aliases import ActionSampler, Transitions
+
+
+@th.no_grad()
+def imagine(
+    dynamics: Dynamics,
+    sample_actions: ActionSampler,
+    starts: th.Tensor,
+    length: int,
+    elites: Sequence[int],
+    generator: th.Generator,
+) -> Transitions:
+    """
+    Branched rollouts (Janner et al. 2019, algorithm 2). Each row draws a new elite at each step, an action from the
+    policy and a next state from that elite's Gaussian. A row whose task has ended, or whose prediction is not finite,
+    is simulated no further; the latter is not returned either. The last step of a branch is no end of the task.
+
+    :param dynamics: fitted
+    :param sample_actions: the policy
+    :param starts: (batch, obs_dim), raw observations to branch from
+    :param length: k, steps per branch
+    :param elites: members that take part
+    :param generator: draws members and next states
+    :return: at most ``batch * length`` rows, step by step
+    """
+    elite_members = th.tensor(elites, device=starts.device)
+    steps: list[Transitions] = []
+    observations = starts
+    for _ in range(length):
+        choice = th.randint(len(elite_members), (len(observations),), generator=generator, device=starts.device)
+        actions = sample_actions(observations)
+        step = dynamics.step(observations, actions, elite_members[choice], generator)
+        finite = step.next_observations.isfinite().all(dim=-1) & step.rewards.isfinite()
+        transitions = Transitions(observations, actions, *step)
+        steps.append(transitions if bool(finite.all()) else transitions.rows(finite))
+        observations = step.next_observations[finite & ~step.terminated]
+        if len(observations) == 0:
+            break
+    return Transitions(*(th.cat(fields) for fields in zip(*steps, strict=True)))

@@ -1,0 +1,37 @@
+"""Standardisation whose statistics are module buffers, so that they follow the device and are saved with the weights."""
+
+import torch as th
+from torch import nn
+
+
+class Standardizer(nn.Module):
+    """
+    Scales each dimension to zero mean and unit variance. Until it is fitted it changes nothing.
+
+    :param dim: number of dimensions
+    :param min_std: a dimension whose standard deviation lies below counts as constant: it is centred, not scaled
+    """
+
+    mean: th.Tensor
+    std: th.Tensor
+
+    def __init__(self, dim: int, min_std: float = 1e-6) -> None:
+        super().__init__()
+        self.min_std = min_std
+        self.register_buffer("mean", th.zeros(dim))
+        self.register_buffer("std", th.ones(dim))
+
+    def fit(self, values: th.Tensor) -> None:
+        """:param values: (batch, dim)"""
+        values = values.double()  # float32 sums lose small variances around large means
+        std = values.std(dim=0, correction=0)
+        self.mean.copy_(values.mean(dim=0))
+        self.std.copy_(th.where(std < self.min_std, 1.0, std))
+
+    def scale(self, values: th.Tensor) -> th.Tensor:
+        """:param values: (..., dim), raw"""
+        return (values - self.mean) / self.std
+
+    def unscale(self, values: th.Tensor) -> th.Tensor:
+        """:param values: (..., dim), scaled"""
+        return values * self.std + self.mean

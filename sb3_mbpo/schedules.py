@@ -1,0 +1,79 @@
+"""What changes with the number of environment steps, and the sizes that follow from it."""
+
+from collections.abc import Callable, Sequence
+
+from sb3_mbpo.type_aliases import RolloutLength
+
+
+def check_positive(name: str, value: int) -> int:
+    """:raises ValueError: when the parameter ``name`` is not an int of at least 1"""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an int of at least 1, but got {value!r}.")
+    return value
+
+
+def check_rollout_length(rollout_length: int | Sequence[int]) -> RolloutLength:
+    """
+    :param rollout_length: an int, or ``(start_step, end_step, k_first, k_last)``
+    :return: the same, as an int or a tuple of four ints
+    :raises ValueError: when it is neither, a length is below 1, or the schedule ends before it starts
+    """
+    remedy = "Pass an int such as 1, or (start_step, end_step, k_first, k_last) such as (20_000, 150_000, 1, 15)."
+    values = (rollout_length,) if isinstance(rollout_length, int) else tuple(rollout_length)
+    if len(values) not in (1, 4) or not all(isinstance(value, int) for value in values):
+        raise ValueError(f"`rollout_length` must be one int or four ints, but got {rollout_length!r}. {remedy}")
+    if min(values[-2:]) < 1:
+        raise ValueError(f"`rollout_length` must be at least 1 step, but got {rollout_length!r}. {remedy}")
+    if len(values) == 1:
+        return values[0]
+    start_step, end_step, k_first, k_last = values
+    if end_step < start_step:
+        raise ValueError(
+            f"`rollout_length`={rollout_length!r} is a schedule that ends (step {end_step}) before it starts. {remedy}"
+        )
+    return start_step, end_step, k_first, k_last
+
+
+def rollout_length_at(step: int, rollout_length: RolloutLength) -> int:
+    """
+    The length k of imagined rollouts: linear in environment steps, rounded down (Janner et al. 2019, appendix C).
+
+    :param step: number of environment steps so far
+    :param rollout_length: constant, or ``(start_step, end_step, k_first, k_last)``
+    """
+    if isinstance(rollout_length, int):
+        return rollout_length
+    start_step, end_step, k_first, k_last = rollout_length
+    if step >= end_step:
+        return k_last
+    if step <= start_step:
+        return k_first
+    return int(k_first + (k_last - k_first) * (step - start_step) / (end_step - start_step))
+
+
+def real_ratio_at(progress_remaining: float, real_ratio: float | Callable[[float], float]) -> float:
+    """
+    :param progress_remaining: from 1 (start of ``learn``) to 0 (its end)
+    :param real_ratio: share of real rows in a batch, or a schedule of it
+    :raises ValueError: when the share lies outside [0, 1]
+    """
+    ratio = float(real_ratio(progress_remaining) if callable(real_ratio) else real_ratio)
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(
+            f"`real_ratio` must lie between 0 (only imagined rows) and 1 (plain SAC), but got {ratio}. The paper uses 0.05."
+        )
+    return ratio
+
+
+def imagined_capacity(
+    rollout_batch_size: int, rollout_length: int, rollout_retain_steps: int, dynamics_train_freq: int
+) -> int:
+    """
+    Rows that full-length rollouts fill in ``rollout_retain_steps`` environment steps.
+
+    :param rollout_batch_size: branches per round of imagination
+    :param rollout_length: k, the steps of one branch
+    :param rollout_retain_steps: environment steps
+    :param dynamics_train_freq: environment steps between two rounds
+    """
+    return max(1, rollout_batch_size * rollout_length * rollout_retain_steps // dynamics_train_freq)

@@ -1,0 +1,60 @@
+"""The tuples that travel between the rooms, and the callables that users may hand in."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch as th
+
+#: ``(observations, actions, next_observations) -> bool array of shape (batch,)``, everything in the environment's units.
+TerminationFn = Callable[[Any, Any, Any], Any]
+#: ``(observations, actions, next_observations) -> float array of shape (batch,)``, everything in the environment's units.
+RewardFn = Callable[[Any, Any, Any], Any]
+#: ``raw observations (batch, obs_dim) -> scaled actions (batch, action_dim)``, drawn from the current policy.
+ActionSampler = Callable[[th.Tensor], th.Tensor]
+#: An int, or ``(start_step, end_step, k_first, k_last)`` in environment steps.
+RolloutLength = int | tuple[int, int, int, int]
+
+
+class Transitions(NamedTuple):
+    """
+    One-step transitions. Observations and rewards are raw (never normalised), actions are scaled to [-1, 1],
+    as SB3's replay buffers store them.
+    """
+
+    observations: th.Tensor  # (batch, obs_dim)
+    actions: th.Tensor  # (batch, action_dim)
+    next_observations: th.Tensor  # (batch, obs_dim)
+    rewards: th.Tensor  # (batch,)
+    terminated: th.Tensor  # (batch,), bool: the task has ended; a timeout is not an end
+
+    def rows(self, index: th.Tensor) -> "Transitions":
+        """:param index: row numbers, or a mask of shape (batch,)"""
+        return Transitions(*(field[index] for field in self))
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+
+class Step(NamedTuple):
+    """What the dynamics answers to a batch of actions, in raw units."""
+
+    next_observations: th.Tensor  # (batch, obs_dim)
+    rewards: th.Tensor  # (batch,)
+    terminated: th.Tensor  # (batch,), bool
+
+
+class FitResult(NamedTuple):
+    """One fit of the ensemble. Errors are in scaled units: 1 is the spread of the data itself."""
+
+    elites: tuple[int, ...]  # members of lowest holdout error, best first
+    holdout_mse: tuple[float, ...]  # per member, of the weights that it returned to
+    holdout_mse_state: float  # mean of the elites
+    holdout_mse_reward: float  # mean of the elites
+    train_nll: float  # mean over the last epoch and the members
+    predicted_std: float  # mean over the elites, the holdout and the dimensions
+    disagreement: float  # standard deviation between the elites' means, same average
+    epochs: int
+    gradient_steps: int
+    seconds: float
+    termination_precision: float | None = None  # None: the termination is known, not learned
+    termination_recall: float | None = None
