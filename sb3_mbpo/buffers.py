@@ -215,12 +215,12 @@ class ImaginedBuffer:
 
     def add(self, transitions: Transitions) -> None:
         """Stores a whole round at once; the oldest rows give way. :param transitions: raw, on the same device"""
-        newest = transitions.rows(th.arange(len(transitions))[-self.capacity :])
-        slots = (self._pos + th.arange(len(newest), device=self._rows.device)) % self.capacity
+        newest = transitions.rows(th.arange(transitions.n_rows)[-self.capacity :])
+        slots = (self._pos + th.arange(newest.n_rows, device=self._rows.device)) % self.capacity
         columns = [field if field.dim() == 2 else field.float().unsqueeze(-1) for field in newest]
         self._rows[slots] = th.cat(columns, dim=-1)
-        self._pos = (self._pos + len(newest)) % self.capacity
-        self._size = min(self._size + len(newest), self.capacity)
+        self._pos = (self._pos + newest.n_rows) % self.capacity
+        self._size = min(self._size + newest.n_rows, self.capacity)
 
     def newest(self, n_rows: int) -> Transitions:
         """The last ``n_rows`` that were added (all, if there are fewer), oldest first."""

@@ -76,7 +76,7 @@ class DynamicsConfig:
             ("max_holdout", self.max_holdout >= 1, "at least 1"),
             ("patience", self.patience >= 0, "at least 0"),
             ("improvement", 0 <= self.improvement < 1, "at least 0 and below 1"),
-            ("max_gradient_steps", (self.max_gradient_steps or 1) >= 1, "None or at least 1"),
+            ("max_gradient_steps", self.max_gradient_steps is None or self.max_gradient_steps >= 1, "None or at least 1"),
         ]
         for name, holds, expected in rules:
             if not holds:

@@ -39,8 +39,8 @@ def split_holdout(
     :param generator: draws the rows
     :return: training rows, holdout rows
     """
-    n_holdout = max(1, min(int(len(data) * holdout_ratio), max_holdout))
-    order = th.randperm(len(data), generator=generator, device=generator.device)
+    n_holdout = max(1, min(int(data.n_rows * holdout_ratio), max_holdout))
+    order = th.randperm(data.n_rows, generator=generator, device=generator.device)
     return data.rows(order[n_holdout:]), data.rows(order[:n_holdout])
 
 
@@ -107,7 +107,7 @@ def check_termination(dynamics: Dynamics, data: Transitions) -> None:
     if n_wrong > max(1, 0.01 * n_either):
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"The termination rule disagrees with the environment in {n_wrong} of {len(data)} transitions, "
+            f"The termination rule disagrees with the environment in {n_wrong} of {data.n_rows} transitions, "
             f"rows {wrong.nonzero().flatten()[:10].tolist()}: for row {row} it says {bool(predicted[row])}, the environment "
             f"said {bool(data.terminated[row])}, next observation {data.next_observations[row].tolist()}. "
             "Pass a `termination_fn` that fits this environment."
@@ -131,7 +131,7 @@ def fit_ensemble(dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transi
     dynamics.fit_scalers(train)
     inputs, targets = dynamics.scaled_inputs(train.observations, train.actions), dynamics.scaled_targets(train)
     bootstrap = th.randint(
-        len(train), (config.ensemble_size, len(train)), generator=generator, device=inputs.device
+        train.n_rows, (config.ensemble_size, train.n_rows), generator=generator, device=inputs.device
     )  # drawn once: members differ because their data do
 
     best = BestWeights(ensemble, config.improvement)
@@ -140,7 +140,7 @@ def fit_ensemble(dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transi
     while stale_epochs <= config.patience and steps < max_steps:
         epochs += 1
         likelihoods = []
-        for columns in th.randperm(len(train), generator=generator, device=inputs.device).split(config.batch_size):
+        for columns in th.randperm(train.n_rows, generator=generator, device=inputs.device).split(config.batch_size):
             rows = bootstrap[:, columns]
             loss, likelihood = ensemble_loss(ensemble, inputs[rows], targets[rows])
             optimizer.zero_grad()

@@ -191,7 +191,7 @@ class MBPO(SAC):
         config = DynamicsConfig.from_kwargs(self.dynamics_kwargs)
         self.dynamics = Dynamics(self._layout.obs_dim, self.action_space, config, self._generator).to(self.device)
         self.dynamics_optimizer = make_optimizer(self.dynamics)
-        self.termination_optimizer = th.optim.Adam(self.dynamics.termination_head.parameters(), weight_decay=1e-4)
+        self.termination_optimizer = th.optim.Adam(self.dynamics.termination_head.parameters(), lr=3e-3)
         action_dim = int(np.prod(self.action_space.shape))
         self.imagined_buffer = ImaginedBuffer(self._imagined_capacity(), self._layout.obs_dim, action_dim, self.device)
         self._read_task()
@@ -229,8 +229,8 @@ class MBPO(SAC):
         """
         dynamics = self._modelled_dynamics()
         data = self._real_transitions()
-        if len(data) < MIN_TRANSITIONS:
-            raise ValueError(f"Got {len(data)} usable real transitions, a fit needs {MIN_TRANSITIONS}: collect more first.")
+        if data.n_rows < MIN_TRANSITIONS:
+            raise ValueError(f"Got {data.n_rows} usable real transitions, a fit needs {MIN_TRANSITIONS}: collect more first.")
         if self.fit_result is None and dynamics.termination_fn is not None:
             check_termination(dynamics, data)
         result = fit_ensemble(dynamics, self.dynamics_optimizer, data, self._generator)
@@ -258,7 +258,7 @@ class MBPO(SAC):
         rows = imagine(dynamics, self._sample_imagined_actions, observations[starts], length, elites, self._generator)
         self.imagined_buffer.resize(self._imagined_capacity())
         self.imagined_buffer.add(rows)
-        return len(rows)
+        return rows.n_rows
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """

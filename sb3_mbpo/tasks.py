@@ -231,7 +231,7 @@ def _mountain_car(task: _Task) -> TerminationFn:
     goal_position, goal_velocity = task.read("goal_position"), task.read("goal_velocity")
 
     def terminated(obs: th.Tensor, action: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
-        return (next_obs[:, 0] >= goal_position) & (next_obs[:, 1] >= goal_velocity)
+        return th.logical_and(next_obs[:, 0] >= goal_position, next_obs[:, 1] >= goal_velocity)
 
     return terminated
 

@@ -31,7 +31,9 @@ class Transitions(NamedTuple):
         """:param index: row numbers, or a mask of shape (batch,)"""
         return Transitions(*(field[index] for field in self))
 
-    def __len__(self) -> int:
+    @property
+    def n_rows(self) -> int:
+        """The size of the batch; ``len`` of a named tuple is its number of fields."""
         return len(self.rewards)
 
 

@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+import torch as th
+from conftest import make_dynamics
+from gymnasium import spaces
+
+from sb3_mbpo import takes_tensors
+from sb3_mbpo.dynamics import Dynamics, DynamicsConfig
+
+
+@pytest.fixture
+def dynamics(generator):
+    """Scalers that do something, and members that can be told apart."""
+    dynamics = make_dynamics(generator)
+    dynamics.input_scaler.fit(3 + 2 * th.randn(100, 3, generator=generator))
+    dynamics.target_scaler.fit(th.tensor([1.0, -2.0, 5.0]) + th.randn(100, 3, generator=generator) * th.tensor([1, 2, 9]))
+    return dynamics
+
+
+def test_a_step_has_the_distribution_of_the_members_gaussian(dynamics, generator):
+    """Moments of 20 000 draws of one row, against mean and variance by hand from the member's own output."""
+    observation, action = th.tensor([[0.3, -0.7]]), th.tensor([[0.5]])
+    n_draws = 20_000
+    for member in range(3):
+        inputs = (th.cat((observation, action), dim=1) - dynamics.input_scaler.mean) / dynamics.input_scaler.std
+        mean, log_var = (output[member, 0] for output in dynamics.ensemble(inputs))
+        expected_mean = mean * dynamics.target_scaler.std + dynamics.target_scaler.mean
+        expected_mean[:2] += observation[0]
+        expected_std = log_var.exp().sqrt() * dynamics.target_scaler.std
+        step = dynamics.step(
+            observation.expand(n_draws, -1), action.expand(n_draws, -1), th.full((n_draws,), member), generator
+        )
+        draws = th.cat((step.next_observations, step.rewards[:, None]), dim=1)
+        z = (draws - expected_mean) / expected_std
+        assert z.mean(dim=0).abs().max() < 4 / n_draws**0.5
+        assert (z.var(dim=0) - 1).abs().max() < 4 * (2 / n_draws) ** 0.5
+        covariance = (z.T @ z / n_draws) - th.eye(3)
+        assert covariance.abs().max() < 0.06  # independent dimensions
+        assert z.abs().max() > 3 and (z**4).mean().item() == pytest.approx(3, rel=0.1)  # Gaussian tails
+
+
+def test_members_differ_and_all_of_them_can_be_asked(dynamics, generator):
+    observations, actions = th.randn(10, 2, generator=generator), th.randn(10, 1, generator=generator)
+    together = dynamics.predict(observations, actions)
+    assert together.mean.shape == together.std.shape == (3, 10, 3)
+    for member in range(3):
+        alone = dynamics.predict(observations, actions, th.full((10,), member))
+        th.testing.assert_close(alone.mean, together.mean[member])
+        th.testing.assert_close(alone.std, together.std[member])
+    th.testing.assert_close(together.disagreement(), th.from_numpy(together.mean.detach().numpy().std(axis=0)))
+
+
+def test_a_step_is_differentiable_in_observation_and_action(dynamics):
+    """Against finite differences in double precision, with the noise frozen by the seed."""
+    dynamics = dynamics.double()
+    members = th.tensor([0, 1, 2, 1])
+
+    def step(observations, actions):
+        result = dynamics.step(observations, actions, members, th.Generator().manual_seed(3))
+        return result.next_observations, result.rewards
+
+    observations = th.randn(4, 2, dtype=th.float64, requires_grad=True)
+    actions = th.randn(4, 1, dtype=th.float64, requires_grad=True)
+    assert th.autograd.gradcheck(step, (observations, actions))
+
+
+def test_noise_comes_from_the_generator_alone(dynamics):
+    observations, actions, members = th.zeros(5, 2), th.zeros(5, 1), th.zeros(5, dtype=th.long)
+    state = th.get_rng_state()
+    draws = [dynamics.step(observations, actions, members, th.Generator().manual_seed(seed))[0] for seed in (0, 0, 1)]
+    assert (draws[0] == draws[1]).all() and (draws[0] != draws[2]).any()
+    assert (th.get_rng_state() == state).all()
+
+
+def make_bounded(generator, **functions) -> Dynamics:
+    action_space = spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([3.0, 10.0], np.float32))
+    config = DynamicsConfig.from_kwargs(dict(ensemble_size=2, n_elites=1, net_arch=[8], weight_decay=0.0))
+    return Dynamics(2, action_space, config, generator, **functions)
+
+
+@pytest.mark.parametrize("in_torch", [False, True])
+def test_user_functions_get_raw_units_in_the_kind_they_ask_for(generator, in_torch):
+    seen = {}
+
+    def reward(obs, action, next_obs):
+        seen["reward"] = (obs, action, next_obs)
+        return action[:, 0] + action[:, 1]
+
+    def terminated(obs, action, next_obs):
+        seen["terminated"] = (obs, action, next_obs)
+        return next_obs[:, 0] > obs[:, 0]
+
+    mark = takes_tensors if in_torch else lambda fn: fn
+    dynamics = make_bounded(generator, termination_fn=mark(terminated), reward_fn=mark(reward))
+    observations, actions = th.randn(4, 2), th.tensor([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0], [0.5, -0.5]])
+    step = dynamics.step(observations, actions, th.zeros(4, dtype=th.long), generator)
+    assert step.rewards.tolist() == pytest.approx([-1.0, 13.0, 6.0, 4.5])  # actions in the environment's units
+    assert step.terminated.tolist() == (step.next_observations[:, 0] > observations[:, 0]).tolist()
+    expected_type = th.Tensor if in_torch else np.ndarray
+    for arguments in seen.values():
+        assert all(isinstance(argument, expected_type) for argument in arguments)
+        assert (th.as_tensor(arguments[0]) == observations).all()
+        assert (th.as_tensor(arguments[2]) == step.next_observations).all()
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        (dict(termination_fn=lambda o, a, n: n[:, :1] > 0), r"`termination_fn` must return one bool .* shape \(4,\), .*\(4, 1\)"),
+        (dict(termination_fn=lambda o, a, n: n[:, 0]), r"`termination_fn` must return one bool .* float32"),
+        (dict(termination_fn=lambda o, a, n: None), r"`termination_fn` must return a numpy.ndarray .* NoneType.*takes_tensors"),
+        (dict(termination_fn=lambda o, a, n: True), r"`termination_fn` must return a numpy.ndarray"),
+        (dict(reward_fn=lambda o, a, n: n), r"`reward_fn` must return one float .* shape \(4,\), .*\(4, 2\)"),
+        (dict(reward_fn=lambda o, a, n: n[:, 0] > 0), r"`reward_fn` must return one float .* bool"),
+        (dict(reward_fn=takes_tensors(lambda o, a, n: n[:, 0].detach().numpy())), r"must return a torch.Tensor .* ndarray"),
+    ],
+)
+def test_user_functions_that_return_something_else_are_refused(generator, functions, message):
+    dynamics = make_bounded(generator, **functions)
+    with pytest.raises(ValueError, match=message):
+        dynamics.step(th.randn(4, 2), th.zeros(4, 2), th.zeros(4, dtype=th.long), generator)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(n_elite=3), r"got \['n_elite'\], which it does not know. It may hold: ensemble_size, n_elites"),
+        (dict(ensemble_size=3), r"'n_elites'\] must be from 1 to `ensemble_size`=3, but got 5"),
+        (dict(net_arch=[8]), r"'weight_decay'\] must be a float, or 2 floats"),
+        (dict(holdout_ratio=1.0), "'holdout_ratio'.*above 0 and below 1, but got 1.0"),
+        (dict(learning_rate=0.0), "'learning_rate'"),
+        (dict(max_gradient_steps=0), "'max_gradient_steps'"),
+    ],
+)
+def test_bad_dynamics_kwargs_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DynamicsConfig.from_kwargs(kwargs)

@@ -1,0 +1,94 @@
+import pytest
+import torch as th
+from conftest import make_dynamics
+
+from sb3_mbpo.imagination import imagine
+from sb3_mbpo.type_aliases import Step
+
+
+class CountingDynamics:
+    """
+    A row's observation is its age, counted by one each step; its reward is the member that moved it. Rows whose first
+    coordinate (their name) is listed end, or break, at the given age.
+    """
+
+    def __init__(self, ends: dict[int, int] | None = None, breaks: dict[int, int] | None = None) -> None:
+        self.ends, self.breaks = ends or {}, breaks or {}
+        self.batch_sizes: list[int] = []
+
+    def step(self, observations, actions, members, generator):
+        self.batch_sizes.append(len(observations))
+        names, ages = observations[:, 0].long().tolist(), (observations[:, 1] + 1).long().tolist()
+        following = observations + th.tensor([0.0, 1.0])
+        ended = th.tensor([self.ends.get(name) == age for name, age in zip(names, ages, strict=True)])
+        broken = th.tensor([self.breaks.get(name) == age for name, age in zip(names, ages, strict=True)])
+        following[broken] = th.nan
+        return Step(following, members.float(), ended)
+
+
+def starts(n_rows: int) -> th.Tensor:
+    return th.stack((th.arange(float(n_rows)), th.zeros(n_rows)), dim=1)
+
+
+def no_action(observations: th.Tensor) -> th.Tensor:
+    return th.zeros(len(observations), 1)
+
+
+def test_ended_rows_are_stored_once_and_stepped_no_more(generator):
+    dynamics = CountingDynamics(ends={0: 1, 3: 2, 4: 5})
+    rows = imagine(dynamics, no_action, starts(5), 5, [0], generator)
+    assert dynamics.batch_sizes == [5, 4, 3, 3, 3]
+    assert rows.n_rows == 18
+    lengths = [int((rows.observations[:, 0] == name).sum()) for name in range(5)]
+    assert lengths == [1, 5, 5, 2, 5]
+    ended = rows.observations[rows.terminated, 0].tolist()
+    assert sorted(ended) == [0, 3, 4]  # rows 1 and 2 reach the end of their branch: that is not terminal
+
+
+def test_a_branch_goes_on_from_where_it_came_to(generator):
+    rows = imagine(CountingDynamics(), no_action, starts(3), 4, [0], generator)
+    assert rows.observations[:, 1].tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert (rows.next_observations[:, 1] == rows.observations[:, 1] + 1).all()
+    assert not rows.terminated.any()
+
+
+def test_it_stops_when_every_row_has_ended(generator):
+    dynamics = CountingDynamics(ends={0: 1, 1: 2})
+    assert imagine(dynamics, no_action, starts(2), 100, [0], generator).n_rows == 3
+    assert dynamics.batch_sizes == [2, 1]
+
+
+def test_rows_that_are_not_finite_are_dropped_and_stepped_no_more(generator):
+    dynamics = CountingDynamics(breaks={1: 2})
+    rows = imagine(dynamics, no_action, starts(3), 3, [0], generator)
+    assert dynamics.batch_sizes == [3, 3, 2]
+    assert rows.n_rows == 7
+    assert rows.next_observations.isfinite().all()
+
+
+def test_elites_are_drawn_per_row_and_step_and_none_but_them(generator):
+    rows = imagine(CountingDynamics(), no_action, starts(3000), 2, [5, 1, 4], generator)
+    first, second = rows.rewards[:3000], rows.rewards[3000:]
+    for members in (first, second):
+        for elite in (1, 4, 5):
+            assert (members == elite).float().mean().item() == pytest.approx(1 / 3, abs=0.04)
+    # independent from step to step: the same elite again in a third of the rows
+    assert (first == second).float().mean().item() == pytest.approx(1 / 3, abs=0.04)
+
+
+def test_actions_come_from_the_policy_at_each_step(generator):
+    seen = []
+
+    def policy(observations):
+        seen.append(observations.clone())
+        return observations[:, 1:] / 10
+
+    rows = imagine(CountingDynamics(), policy, starts(4), 3, [0], generator)
+    assert (th.cat(seen) == rows.observations).all()
+    th.testing.assert_close(rows.actions[:, 0], rows.observations[:, 1] / 10)
+
+
+def test_the_real_dynamics_imagines_without_gradients(generator):
+    dynamics = make_dynamics(generator)
+    rows = imagine(dynamics, no_action, th.randn(10, 2), 3, [0, 2], generator)
+    assert rows.n_rows == 30 and not any(field.requires_grad for field in rows)
