@@ -9,75 +9,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
-from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from sb3_mbpo.observations import ObservationLayout
 from sb3_mbpo.type_aliases import Transitions
 
-PolicyInput: TypeAlias = th.Tensor | dict[str, th.Tensor]
 Samples: TypeAlias = ReplayBufferSamples | DictReplayBufferSamples
-
-
-def why_not_modelled(observation_space: spaces.Space[Any], replay_buffer_class: type[ReplayBuffer]) -> str | None:
-    """
-    :param observation_space: the environment's
-    :param replay_buffer_class: the class that holds the real transitions
-    :return: why MBPO cannot learn the dynamics of these observations; ``None`` when it can
-    """
-    if issubclass(replay_buffer_class, HerReplayBuffer):
-        return "HerReplayBuffer changes the goals of stored transitions, which imagined ones do not have"
-    parts = observation_space.spaces.values() if isinstance(observation_space, spaces.Dict) else [observation_space]
-    for part in parts:
-        if not isinstance(part, spaces.Box) or not np.issubdtype(part.dtype, np.floating):
-            return f"its dynamics predicts real numbers, but the observations hold {part}"
-        if len(part.shape) >= 3:
-            return f"its dynamics is not made for images, but the observations hold {part}"
-    return None
-
-
-class ObservationLayout:
-    """
-    Between observations as the environment gives them (arrays, or dicts of arrays) and flat vectors, which the
-    dynamics and the imagined rows use. A dict is flattened in its space's own order.
-
-    :param observation_space: a Box, or a Dict of Boxes
-    """
-
-    def __init__(self, observation_space: spaces.Space[Any]) -> None:
-        self._is_dict = isinstance(observation_space, spaces.Dict)
-        parts = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
-        self._shapes: dict[str, tuple[int, ...]] = {key: tuple(space.shape or ()) for key, space in parts.items()}
-        self._sizes = [int(np.prod(shape)) for shape in self._shapes.values()]
-        self.obs_dim = sum(self._sizes)
-
-    def flatten(self, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-        """
-        :param observations: (batch, *shape), or a dict of them
-        :return: (batch, obs_dim), float32
-        """
-        parts = [observations[key] for key in self._shapes] if isinstance(observations, dict) else [observations]
-        flat: np.ndarray = np.concatenate(
-            [part.reshape(len(part), -1).astype(np.float32, copy=False) for part in parts], axis=1
-        )
-        return flat
-
-    def policy_input(self, observations: th.Tensor, vec_normalize: VecNormalize | None) -> PolicyInput:
-        """
-        :param observations: (batch, obs_dim), raw and flat
-        :param vec_normalize: whose current statistics normalise them; they are not updated
-        :return: (batch, *shape), or a dict of them, float32: what the policy expects
-        """
-        columns = observations.split(self._sizes, dim=-1)
-        parts = {key: column.reshape(-1, *shape) for column, (key, shape) in zip(columns, self._shapes.items(), strict=True)}
-        if vec_normalize is not None:
-            arrays = {key: part.cpu().numpy() for key, part in parts.items()}
-            normalized = vec_normalize.normalize_obs(arrays if self._is_dict else arrays[""])
-            arrays = normalized if isinstance(normalized, dict) else {"": normalized}
-            parts = {key: th.as_tensor(array, device=observations.device) for key, array in arrays.items()}
-        return parts if self._is_dict else parts[""]
 
 
 def _flat(source: np.ndarray, slots: np.ndarray) -> np.ndarray:
@@ -177,15 +116,21 @@ def mark_clipped_terminals(
     :param infos: one dict per environment
     :param env: the wrapper that clips, if there is one
     """
-    if env is None or not env.norm_obs:
-        return
     if not hasattr(buffer, "clipped_terminals"):
+        if env is None:
+            return
         buffer.clipped_terminals = np.zeros(buffer.dones.shape, dtype=bool)  # type: ignore[attr-defined]
-    for index, (done, info) in enumerate(zip(dones, infos, strict=True)):
-        last = info.get("terminal_observation") if done else None
-        parts = [] if last is None else [last[key] for key in env.norm_obs_keys] if isinstance(last, dict) else [last]  # type: ignore[union-attr]
-        clipped = any(np.any(np.abs(part) >= env.clip_obs) for part in parts)
-        buffer.clipped_terminals[buffer.pos, index] = clipped  # type: ignore[attr-defined]
+    marks: np.ndarray = buffer.clipped_terminals[buffer.pos]  # type: ignore[attr-defined]
+    marks[:] = False
+    for index in np.flatnonzero(dones):
+        marks[index] = env is not None and _is_clipped(infos[index].get("terminal_observation"), env)
+
+
+def _is_clipped(observation: np.ndarray | dict[str, np.ndarray] | None, env: VecNormalize) -> bool:
+    if observation is None or not env.norm_obs:
+        return False
+    parts = [observation[key] for key in env.norm_obs_keys or ()] if isinstance(observation, dict) else [observation]
+    return any(bool(np.any(np.abs(part) >= env.clip_obs)) for part in parts)
 
 
 class ImaginedBuffer:
@@ -201,7 +146,7 @@ class ImaginedBuffer:
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: th.device) -> None:
         self.capacity = capacity
         self._widths = [obs_dim, action_dim, obs_dim, 1, 1]
-        self._rows = th.empty(capacity, sum(self._widths), device=device)  # memory is touched as rows arrive
+        self._rows = th.empty(0, sum(self._widths), device=device)  # the ring is made when rows arrive
         self._pos = 0
         self._size = 0
 
@@ -210,11 +155,13 @@ class ImaginedBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the full ring."""
+        """Memory of the ring."""
         return self._rows.nbytes
 
     def add(self, transitions: Transitions) -> None:
         """Stores a whole round at once; the oldest rows give way. :param transitions: raw, on the same device"""
+        if self._rows.shape[0] == 0:
+            self._rows = self._rows.new_empty(self.capacity, self._rows.shape[1])
         newest = transitions.rows(th.arange(transitions.n_rows)[-self.capacity :])
         slots = (self._pos + th.arange(newest.n_rows, device=self._rows.device)) % self.capacity
         columns = [field if field.dim() == 2 else field.float().unsqueeze(-1) for field in newest]

@@ -1,8 +1,9 @@
 """The learned dynamics: raw observations and scaled actions in, a Gaussian over the raw next observation and reward out."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from torch import nn
@@ -23,7 +24,8 @@ class DynamicsConfig:
     :param net_arch: widths of the hidden layers
     :param activation_fn: activation between the layers
     :param learning_rate: of Adam
-    :param weight_decay: lambda of the penalty ``0.5 * lambda * |W|**2``, one for all layers or one for each
+    :param weight_decay: lambda of the penalty ``0.5 * lambda * |W|**2``, one for all layers or one for each. The default
+        grows from the first layer to the last; for another number of layers it is interpolated
     :param batch_size: rows per member and gradient step
     :param holdout_ratio: share of the real transitions that is kept from training and ranks the members
     :param max_holdout: upper bound of the holdout, in rows
@@ -59,6 +61,10 @@ class DynamicsConfig:
         if unknown:
             raise ValueError(f"`dynamics_kwargs` got {unknown}, which it does not know. It may hold: {', '.join(known)}.")
         config = cls(**(dynamics_kwargs or {}))
+        if "weight_decay" not in (dynamics_kwargs or {}):
+            depths = np.linspace(0, len(config.layer_decays) - 1, len(config.net_arch) + 1)
+            decays = np.interp(depths, range(len(config.layer_decays)), config.layer_decays)
+            config = replace(config, weight_decay=tuple(decays.tolist()))
         config._check()
         return config
 

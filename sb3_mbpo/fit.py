@@ -1,6 +1,7 @@
 """Fitting: the ensemble by maximum likelihood, each member on its own bootstrap and back to its own best weights."""
 
 import time
+from dataclasses import replace
 
 import torch as th
 import torch.nn.functional as F
@@ -99,12 +100,12 @@ def check_termination(dynamics: Dynamics, data: Transitions) -> None:
 
     :param dynamics: with a ``termination_fn``
     :param data: all real transitions, raw
-    :raises ValueError: when more than 1 % of the terminations, and more than one row, disagree
+    :raises ValueError: when they disagree about more than 1 % of the terminations
     """
     predicted = dynamics.terminated(data.observations, data.actions, data.next_observations)
     wrong = predicted != data.terminated
     n_wrong, n_either = int(wrong.sum()), int((predicted | data.terminated).sum())
-    if n_wrong > max(1, 0.01 * n_either):
+    if n_wrong > 0.01 * n_either:
         row = int(wrong.nonzero()[0])
         raise ValueError(
             f"The termination rule disagrees with the environment in {n_wrong} of {data.n_rows} transitions, "
@@ -112,6 +113,32 @@ def check_termination(dynamics: Dynamics, data: Transitions) -> None:
             f"said {bool(data.terminated[row])}, next observation {data.next_observations[row].tolist()}. "
             "Pass a `termination_fn` that fits this environment."
         )
+
+
+def fit_dynamics(
+    dynamics: Dynamics,
+    optimizer: th.optim.Optimizer,
+    termination_optimizer: th.optim.Optimizer,
+    data: Transitions,
+    generator: th.Generator,
+) -> FitResult:
+    """
+    Fits the ensemble and, unless the termination rule is known, the termination head.
+
+    :param dynamics: fitted in place
+    :param optimizer: of the ensemble, see :func:`make_optimizer`
+    :param termination_optimizer: of the termination head
+    :param data: all real transitions, raw
+    :param generator: draws holdouts, bootstraps and batches
+    :raises ValueError: when there are fewer than ``MIN_TRANSITIONS``
+    """
+    if data.n_rows < MIN_TRANSITIONS:
+        raise ValueError(f"Got {data.n_rows} usable real transitions, but a fit needs {MIN_TRANSITIONS}: collect more first.")
+    result = fit_ensemble(dynamics, optimizer, data, generator)
+    if dynamics.termination_fn is not None:
+        return result
+    precision, recall = fit_termination(dynamics, termination_optimizer, data, generator)
+    return replace(result, termination_precision=precision, termination_recall=recall)
 
 
 def fit_ensemble(dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transitions, generator: th.Generator) -> FitResult:

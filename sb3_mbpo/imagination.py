@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch as th
+from stable_baselines3.sac.policies import Actor
 
 from sb3_mbpo.dynamics import Dynamics
 from sb3_mbpo.type_aliases import ActionSampler, Transitions
@@ -44,3 +45,21 @@ def imagine(
         if len(observations) == 0:
             break
     return Transitions(*(th.cat(fields) for fields in zip(*steps, strict=True)))
+
+
+@th.no_grad()
+def sample_actions(actor: Actor, observations: th.Tensor | dict[str, th.Tensor]) -> th.Tensor:
+    """
+    A draw of its own for each row. With gSDE the actor itself would move every row by the same noise matrix.
+
+    :param actor: in evaluation mode; draws from PyTorch's global stream, as SB3 does
+    :param observations: as the policy expects them, (batch, ...)
+    :return: (batch, action_dim), in [-1, 1]
+    """
+    if not actor.use_sde:
+        actions: th.Tensor = actor(observations)
+        return actions
+    mean, log_std, latent = actor.get_action_dist_params(observations)
+    actor.action_dist.proba_distribution(mean, log_std, **latent)
+    actions = actor.action_dist.distribution.sample().tanh()
+    return actions

@@ -16,20 +16,19 @@ from stable_baselines3.sac.policies import SACPolicy
 from sb3_mbpo.buffers import (
     ImaginedBuffer,
     ModelAugmentedReplayBuffer,
-    ObservationLayout,
     check_finite,
     count_usable,
     mark_clipped_terminals,
     real_transitions,
-    why_not_modelled,
 )
 from sb3_mbpo.callback import DynamicsCallback
 from sb3_mbpo.dynamics import Dynamics, DynamicsConfig
-from sb3_mbpo.fit import MIN_TRANSITIONS, check_termination, fit_ensemble, fit_termination, make_optimizer
-from sb3_mbpo.imagination import imagine
+from sb3_mbpo.fit import MIN_TRANSITIONS, check_termination, fit_dynamics, make_optimizer
+from sb3_mbpo.imagination import imagine, sample_actions
+from sb3_mbpo.observations import ObservationLayout, why_not_modelled
 from sb3_mbpo.schedules import check_positive, check_rollout_length, imagined_capacity, real_ratio_at, rollout_length_at
 from sb3_mbpo.tasks import known_termination_fn
-from sb3_mbpo.type_aliases import FitResult, RewardFn, RolloutLength, TerminationFn, Transitions
+from sb3_mbpo.type_aliases import FitResult, RewardFn, RolloutLength, TerminationFn
 from sb3_mbpo.update import sac_updates
 
 SelfMBPO = TypeVar("SelfMBPO", bound="MBPO")
@@ -50,8 +49,7 @@ class MBPO(SAC):
     observations; SAC's batches are drawn from what came out, but for a share ``real_ratio``. Until the first fit, MBPO
     is SAC. Observations that it cannot model (images, integers) and ``HerReplayBuffer`` keep it that way, and it says so.
 
-    The parameters up to ``device`` are SAC's, of the same meaning; the defaults of ``learning_starts`` and
-    ``gradient_steps`` differ.
+    The parameters up to ``device`` are SAC's; only the defaults of ``learning_starts`` and ``gradient_steps`` differ.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -179,8 +177,7 @@ class MBPO(SAC):
         self._generator = th.Generator(self.device)
         self._generator.seed()
         super()._setup_model()
-        assert self.replay_buffer_class is not None and self.replay_buffer is not None  # SB3 has just made it
-        self._why_not_modelled = why_not_modelled(self.observation_space, self.replay_buffer_class)
+        self._why_not_modelled = why_not_modelled(self.observation_space, type(self.replay_buffer))
         self.dynamics, self.imagined_buffer = None, None
         if self._why_not_modelled is None:
             self._setup_dynamics()
@@ -212,11 +209,13 @@ class MBPO(SAC):
             self._generator.manual_seed(seed)
 
     def dynamics_due(self) -> bool:
-        """Whether a multiple of ``dynamics_train_freq`` was passed since the last fit, or the first fit is due."""
+        """Whether the warm-up is over (its transitions stored), and a multiple of the frequency passed or nothing imagined."""
         if self.idle_reason() is not None or self._current_real_ratio() == 1.0 or self.num_timesteps <= self.learning_starts:
             return False
-        last = self._last_fit_timestep
-        passed = last is None or self.num_timesteps // self.dynamics_train_freq > last // self.dynamics_train_freq
+        if self.replay_buffer.size() * self.replay_buffer.n_envs <= self.learning_starts and not self.replay_buffer.full:
+            return False
+        freq, last = self.dynamics_train_freq, self._last_fit_timestep
+        passed = last is None or not self.imagined_buffer or self.num_timesteps // freq > last // freq
         return passed and count_usable(self.replay_buffer) >= MIN_TRANSITIONS
 
     def fit_dynamics(self) -> FitResult:
@@ -228,18 +227,12 @@ class MBPO(SAC):
             termination rule contradicts them (checked at the first fit)
         """
         dynamics = self._modelled_dynamics()
-        data = self._real_transitions()
-        if data.n_rows < MIN_TRANSITIONS:
-            raise ValueError(f"Got {data.n_rows} usable real transitions, a fit needs {MIN_TRANSITIONS}: collect more first.")
+        data = real_transitions(self.replay_buffer, self._layout, self.device)
         if self.fit_result is None and dynamics.termination_fn is not None:
             check_termination(dynamics, data)
-        result = fit_ensemble(dynamics, self.dynamics_optimizer, data, self._generator)
-        if dynamics.termination_fn is None:
-            precision, recall = fit_termination(dynamics, self.termination_optimizer, data, self._generator)
-            result = result._replace(termination_precision=precision, termination_recall=recall)
-        self.fit_result = result
+        self.fit_result = fit_dynamics(dynamics, self.dynamics_optimizer, self.termination_optimizer, data, self._generator)
         self._last_fit_timestep = self.num_timesteps
-        return result
+        return self.fit_result
 
     def imagine(self) -> int:
         """
@@ -251,7 +244,7 @@ class MBPO(SAC):
         dynamics = self._modelled_dynamics()
         if self.fit_result is None or self.imagined_buffer is None:
             raise ValueError("The dynamics has not been fitted yet: call `fit_dynamics` (or `learn`) first.")
-        observations = self._real_transitions().observations
+        observations = real_transitions(self.replay_buffer, self._layout, self.device).observations
         starts = th.randint(len(observations), (self.rollout_batch_size,), generator=self._generator, device=self.device)
         self.policy.set_training_mode(False)
         length, elites = self.current_rollout_length(), self.fit_result.elites
@@ -275,7 +268,7 @@ class MBPO(SAC):
                 self.replay_buffer, self.imagined_buffer, self._layout, real_ratio, self.gamma, self._generator
             )
             n_real = buffer.n_real(batch_size)
-        if self.imagined_buffer is None or (n_real == batch_size and self.policy_delay == 1):
+        if self.idle_reason() is not None or (n_real == batch_size and self.policy_delay == 1):
             super().train(gradient_steps, batch_size)
         else:
             batches = buffer.sample_batches(gradient_steps, batch_size, self._vec_normalize_env)
@@ -341,14 +334,12 @@ class MBPO(SAC):
     def _modelled_dynamics(self) -> Dynamics:
         if self.dynamics is None:
             raise ValueError(f"MBPO runs as plain SAC here and has no dynamics: {self._why_not_modelled}.")
+        if self.env is None and self.termination_fn is None:
+            raise ValueError("There is no environment to read the termination rule from: call `set_env` first.")
         return self.dynamics
 
-    def _real_transitions(self) -> Transitions:
-        return real_transitions(self.replay_buffer, self._layout, self.device)
-
     def _sample_imagined_actions(self, observations: th.Tensor) -> th.Tensor:
-        actions: th.Tensor = self.actor(self._layout.policy_input(observations, self._vec_normalize_env))
-        return actions
+        return sample_actions(self.actor, self._layout.policy_input(observations, self._vec_normalize_env))
 
     def _current_real_ratio(self) -> float:
         return real_ratio_at(self._current_progress_remaining, self.real_ratio)

@@ -1,15 +1,16 @@
 """What changes with the number of environment steps, and the sizes that follow from it."""
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 from sb3_mbpo.type_aliases import RolloutLength
 
 
 def check_positive(name: str, value: int) -> int:
     """:raises ValueError: when the parameter ``name`` is not an int of at least 1"""
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"`{name}` must be an int of at least 1, but got {value!r}.")
-    return value
+    return int(value)
 
 
 def check_rollout_length(rollout_length: int | Sequence[int]) -> RolloutLength:
@@ -19,14 +20,14 @@ def check_rollout_length(rollout_length: int | Sequence[int]) -> RolloutLength:
     :raises ValueError: when it is neither, a length is below 1, or the schedule ends before it starts
     """
     remedy = "Pass an int such as 1, or (start_step, end_step, k_first, k_last) such as (20_000, 150_000, 1, 15)."
-    values = (rollout_length,) if isinstance(rollout_length, int) else tuple(rollout_length)
-    if len(values) not in (1, 4) or not all(isinstance(value, int) for value in values):
+    values = (rollout_length,) if isinstance(rollout_length, Integral) else tuple(rollout_length)  # type: ignore[arg-type]
+    if len(values) not in (1, 4) or not all(isinstance(value, Integral) for value in values):
         raise ValueError(f"`rollout_length` must be one int or four ints, but got {rollout_length!r}. {remedy}")
     if min(values[-2:]) < 1:
         raise ValueError(f"`rollout_length` must be at least 1 step, but got {rollout_length!r}. {remedy}")
     if len(values) == 1:
-        return values[0]
-    start_step, end_step, k_first, k_last = values
+        return int(values[0])
+    start_step, end_step, k_first, k_last = map(int, values)
     if end_step < start_step:
         raise ValueError(
             f"`rollout_length`={rollout_length!r} is a schedule that ends (step {end_step}) before it starts. {remedy}"
@@ -69,11 +70,12 @@ def imagined_capacity(
     rollout_batch_size: int, rollout_length: int, rollout_retain_steps: int, dynamics_train_freq: int
 ) -> int:
     """
-    Rows that full-length rollouts fill in ``rollout_retain_steps`` environment steps.
+    Rows that full-length rollouts fill in ``rollout_retain_steps`` environment steps; at least one round.
 
     :param rollout_batch_size: branches per round of imagination
     :param rollout_length: k, the steps of one branch
     :param rollout_retain_steps: environment steps
     :param dynamics_train_freq: environment steps between two rounds
     """
-    return max(1, rollout_batch_size * rollout_length * rollout_retain_steps // dynamics_train_freq)
+    round_size = rollout_batch_size * rollout_length
+    return max(round_size, round_size * rollout_retain_steps // dynamics_train_freq)

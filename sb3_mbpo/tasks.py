@@ -5,9 +5,10 @@ calling of users' functions.
 Sources: gymnasium ``envs/mujoco/*_v4.py`` and ``*_v5.py``, ``envs/classic_control/{pendulum,continuous_mountain_car}.py``.
 """
 
+import functools
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -15,19 +16,22 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mbpo.type_aliases import RewardFn, TerminationFn
 
-Fn = TypeVar("Fn", bound=Callable[..., Any])
-
 #: Wrappers that change neither observations, nor actions, nor rewards, nor terminations.
 _TRANSPARENT_WRAPPERS = {"Monitor", "RecordEpisodeStatistics", "RecordVideo"}
 
 
-def takes_tensors(fn: Fn) -> Fn:
+def takes_tensors(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
     Marks a ``termination_fn`` or ``reward_fn`` that is written for torch: it gets float32 tensors on the model's
     device and returns one. An unmarked function gets NumPy float32 arrays.
     """
-    fn.takes_tensors = True  # type: ignore[attr-defined]
-    return fn
+
+    @functools.wraps(fn)
+    def marked(*arguments: Any) -> Any:
+        return fn(*arguments)
+
+    marked.takes_tensors = True  # type: ignore[attr-defined]
+    return marked
 
 
 def evaluate_termination(fn: TerminationFn, obs: th.Tensor, action: th.Tensor, next_obs: th.Tensor) -> th.Tensor:

@@ -1,6 +1,7 @@
 """The tuples that travel between the rooms, and the callables that users may hand in."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch as th
@@ -45,7 +46,8 @@ class Step(NamedTuple):
     terminated: th.Tensor  # (batch,), bool
 
 
-class FitResult(NamedTuple):
+@dataclass(frozen=True)
+class FitResult:
     """One fit of the ensemble. Errors are in scaled units: 1 is the spread of the data itself."""
 
     elites: tuple[int, ...]  # members of lowest holdout error, best first

@@ -84,6 +84,7 @@ def _update_actor(
     values = th.cat(model.critic(batch.observations, actions), dim=1).min(dim=1).values
     loss = (ent_coef * log_prob - values).mean()
     model.actor.optimizer.zero_grad()
-    loss.backward(inputs=list(model.actor.parameters()))  # spares the critics' gradients, which nobody wants here
+    trained = [parameter for parameter in model.actor.parameters() if parameter.requires_grad]
+    loss.backward(inputs=trained)  # spares the critics' gradients, which nobody wants here
     model.actor.optimizer.step()
     return loss.detach()

@@ -3,22 +3,21 @@ import pickle
 import numpy as np
 import pytest
 import torch as th
+from conftest import LineEnv
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from conftest import LineEnv
 from sb3_mbpo.buffers import (
     ImaginedBuffer,
     ModelAugmentedReplayBuffer,
-    ObservationLayout,
     check_finite,
     count_usable,
     mark_clipped_terminals,
     real_transitions,
-    why_not_modelled,
 )
+from sb3_mbpo.observations import ObservationLayout, why_not_modelled
 from sb3_mbpo.type_aliases import Transitions
 
 CPU = th.device("cpu")
@@ -94,7 +93,10 @@ def test_resizing_keeps_the_newest_rows():
 
 
 def test_the_ring_takes_the_bytes_of_its_rows():
-    assert ImaginedBuffer(1000, 11, 3, CPU).nbytes == 1000 * (2 * 11 + 3 + 2) * 4
+    ring = ImaginedBuffer(1000, 2, 1, CPU)
+    assert ring.nbytes == 0  # until the first row arrives
+    ring.add(imagined_rows([1]))
+    assert ring.nbytes == 1000 * (2 * 2 + 1 + 2) * 4
 
 
 def test_sampling_is_uniform_over_the_filled_part(generator):

@@ -106,9 +106,15 @@ def test_user_functions_get_raw_units_in_the_kind_they_ask_for(generator, in_tor
 @pytest.mark.parametrize(
     ("functions", "message"),
     [
-        (dict(termination_fn=lambda o, a, n: n[:, :1] > 0), r"`termination_fn` must return one bool .* shape \(4,\), .*\(4, 1\)"),
+        (
+            dict(termination_fn=lambda o, a, n: n[:, :1] > 0),
+            r"`termination_fn` must return one bool .* shape \(4,\), .*\(4, 1\)",
+        ),
         (dict(termination_fn=lambda o, a, n: n[:, 0]), r"`termination_fn` must return one bool .* float32"),
-        (dict(termination_fn=lambda o, a, n: None), r"`termination_fn` must return a numpy.ndarray .* NoneType.*takes_tensors"),
+        (
+            dict(termination_fn=lambda o, a, n: None),
+            r"`termination_fn` must return a numpy.ndarray .* NoneType.*takes_tensors",
+        ),
         (dict(termination_fn=lambda o, a, n: True), r"`termination_fn` must return a numpy.ndarray"),
         (dict(reward_fn=lambda o, a, n: n), r"`reward_fn` must return one float .* shape \(4,\), .*\(4, 2\)"),
         (dict(reward_fn=lambda o, a, n: n[:, 0] > 0), r"`reward_fn` must return one float .* bool"),
@@ -126,7 +132,7 @@ def test_user_functions_that_return_something_else_are_refused(generator, functi
     [
         (dict(n_elite=3), r"got \['n_elite'\], which it does not know. It may hold: ensemble_size, n_elites"),
         (dict(ensemble_size=3), r"'n_elites'\] must be from 1 to `ensemble_size`=3, but got 5"),
-        (dict(net_arch=[8]), r"'weight_decay'\] must be a float, or 2 floats"),
+        (dict(net_arch=[8], weight_decay=[1e-5]), r"'weight_decay'\] must be a float, or 2 floats"),
         (dict(holdout_ratio=1.0), "'holdout_ratio'.*above 0 and below 1, but got 1.0"),
         (dict(learning_rate=0.0), "'learning_rate'"),
         (dict(max_gradient_steps=0), "'max_gradient_steps'"),
@@ -135,3 +141,17 @@ def test_user_functions_that_return_something_else_are_refused(generator, functi
 def test_bad_dynamics_kwargs_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         DynamicsConfig.from_kwargs(kwargs)
+
+
+def test_the_default_weight_decay_follows_the_number_of_layers():
+    assert DynamicsConfig.from_kwargs(None).layer_decays == (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
+    assert DynamicsConfig.from_kwargs(dict(net_arch=[64, 64])).layer_decays == pytest.approx((2.5e-5, 7.5e-5, 1e-4))
+    assert DynamicsConfig.from_kwargs(dict(net_arch=[64], weight_decay=0.1)).layer_decays == (0.1, 0.1)
+
+
+def test_a_method_may_take_tensors():
+    class Task:
+        def reward(self, obs, action, next_obs):
+            return next_obs[:, 0]
+
+    assert takes_tensors(Task().reward).takes_tensors

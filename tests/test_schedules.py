@@ -31,7 +31,12 @@ def test_a_yaml_list_is_a_schedule():
 
 @pytest.mark.parametrize(
     ("arguments", "rows"),
-    [((100_000, 1, 1000, 250), 400_000), ((100_000, 15, 1000, 250), 6_000_000), ((100_000, 25, 5000, 1000), 12_500_000)],
+    [
+        ((100, 5, 20, 50), 500),
+        ((100_000, 1, 1000, 250), 400_000),
+        ((100_000, 15, 1000, 250), 6_000_000),
+        ((100_000, 25, 5000, 1000), 12_500_000),
+    ],
 )
 def test_capacity_of_the_papers_hopper_and_humanoid(arguments, rows):
     assert imagined_capacity(*arguments) == rows

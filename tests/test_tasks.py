@@ -2,10 +2,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from conftest import LineEnv
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
-from conftest import LineEnv
 from sb3_mbpo.tasks import known_reward_fn, known_termination_fn
 
 WITH_POSITIONS = dict(exclude_current_positions_from_observation=False)
@@ -63,7 +63,9 @@ def experience(env_id: str, env_kwargs: dict, n_steps: int) -> tuple[th.Tensor, 
     return *(th.as_tensor(part.astype(np.float32)) for part in (observations, actions, followings)), rewards, ends
 
 
-@pytest.mark.parametrize(("env_id", "env_kwargs"), TASKS, ids=lambda value: value if isinstance(value, str) else "-".join(value))
+@pytest.mark.parametrize(
+    ("env_id", "env_kwargs"), TASKS, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+)
 def test_known_rules_agree_with_the_real_environment(env_id, env_kwargs):
     env = make_vec_env(env_id, env_kwargs=env_kwargs)
     observations, actions, followings, rewards, ends = experience(env_id, env_kwargs, n_steps=2000)

@@ -59,7 +59,7 @@ def test_fifty_updates_equal_sb3s_own(kwargs):
     th.manual_seed(1)
     losses = sac_updates(ours, batches, policy_delay=1)
 
-    for expected, got, initial in zip(parameters(reference), parameters(ours), start, strict=True):
+    for expected, got in zip(parameters(reference), parameters(ours), strict=True):
         th.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     assert any((got - initial).abs().max() > 1e-3 for got, initial in zip(parameters(ours), start, strict=True))
     assert ours._n_updates == reference._n_updates
@@ -87,4 +87,3 @@ def test_policy_delay_updates_the_actor_at_every_nth_critic_update():
     assert counts == {"actor": 3, "critic": 25, "entropy": 3}  # updates 0, 10 and 20
     sac_updates(ours, batches[25:32], policy_delay=10)
     assert counts == {"actor": 4, "critic": 32, "entropy": 4}  # 30: the count goes on from call to call
-

@@ -1,0 +1,71 @@
+"""Which observations can be modelled, and how they lie flat."""
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+
+def why_not_modelled(observation_space: spaces.Space[Any], replay_buffer_class: type[ReplayBuffer]) -> str | None:
+    """
+    :param observation_space: the environment's
+    :param replay_buffer_class: the class that holds the real transitions
+    :return: why MBPO cannot learn the dynamics of these observations; ``None`` when it can
+    """
+    if issubclass(replay_buffer_class, HerReplayBuffer):
+        return "HerReplayBuffer changes the goals of stored transitions, which imagined ones do not have"
+    parts = observation_space.spaces.values() if isinstance(observation_space, spaces.Dict) else [observation_space]
+    for part in parts:
+        if isinstance(part, spaces.Box) and len(part.shape) >= 3:
+            return f"its dynamics is not made for images, but the observations hold {part}"
+        if not isinstance(part, spaces.Box) or not np.issubdtype(part.dtype, np.floating):
+            return f"its dynamics predicts real numbers, but the observations hold {part}"
+    return None
+
+
+class ObservationLayout:
+    """
+    Between observations as the environment gives them (arrays, or dicts of arrays) and flat vectors, which the
+    dynamics and the imagined rows use. A dict is flattened in its space's own order.
+
+    :param observation_space: a Box, or a Dict of Boxes
+    """
+
+    def __init__(self, observation_space: spaces.Space[Any]) -> None:
+        self._is_dict = isinstance(observation_space, spaces.Dict)
+        parts = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+        self._shapes: dict[str, tuple[int, ...]] = {key: tuple(space.shape or ()) for key, space in parts.items()}
+        self._sizes = [int(np.prod(shape)) for shape in self._shapes.values()]
+        self.obs_dim = sum(self._sizes)
+
+    def flatten(self, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+        """
+        :param observations: (batch, *shape), or a dict of them
+        :return: (batch, obs_dim), float32
+        """
+        parts = [observations[key] for key in self._shapes] if isinstance(observations, dict) else [observations]
+        if not len(parts[0]):
+            return np.empty((0, self.obs_dim), dtype=np.float32)
+        flat: np.ndarray = np.concatenate(
+            [part.reshape(len(part), -1).astype(np.float32, copy=False) for part in parts], axis=1
+        )
+        return flat
+
+    def policy_input(self, observations: th.Tensor, vec_normalize: VecNormalize | None) -> th.Tensor | dict[str, th.Tensor]:
+        """
+        :param observations: (batch, obs_dim), raw and flat
+        :param vec_normalize: whose current statistics normalise them; they are not updated
+        :return: (batch, *shape), or a dict of them, float32: what the policy expects
+        """
+        columns = observations.split(self._sizes, dim=-1)
+        parts = {key: column.reshape(-1, *shape) for column, (key, shape) in zip(columns, self._shapes.items(), strict=True)}
+        if vec_normalize is not None:
+            arrays = {key: part.cpu().numpy() for key, part in parts.items()}
+            normalized = vec_normalize.normalize_obs(arrays if self._is_dict else arrays[""])
+            arrays = normalized if isinstance(normalized, dict) else {"": normalized}
+            parts = {key: th.as_tensor(array, device=observations.device) for key, array in arrays.items()}
+        return parts if self._is_dict else parts[""]

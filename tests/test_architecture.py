@@ -1,0 +1,62 @@
+"""The rooms of the package, and who may open whose door."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import sb3_mbpo
+
+PACKAGE = Path(sb3_mbpo.__file__).parent
+MODULES = {path.stem: path for path in PACKAGE.glob("*.py")}
+#: Data flows down this list. A room may import from those below it, never from its own line or above.
+FLOORS = [
+    {"__init__"},
+    {"mbpo"},
+    {"callback"},
+    {"fit", "imagination", "buffers", "update"},
+    {"dynamics", "observations"},
+    {"ensemble", "scaler", "tasks"},
+    {"schedules"},
+    {"type_aliases"},
+]
+WALK = ["mbpo", "callback", "fit", "dynamics", "imagination", "buffers", "update"]
+
+
+def imports(path: Path, typing_only: bool) -> set[str]:
+    """The package's own modules that a file imports, for type checkers only or at run time."""
+    tree = ast.parse(path.read_text())
+    guarded = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (id(node) in guarded) == typing_only:
+            assert node.level == 0, f"{path.name}: relative import"
+            if node.module and node.module.split(".")[0] == "sb3_mbpo":
+                found |= {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
+    return found
+
+
+def test_every_module_has_a_floor():
+    assert set(MODULES) == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_down_only(module):
+    floor = next(index for index, floor in enumerate(FLOORS) if module in floor)
+    below = set().union(*FLOORS[floor + 1 :])
+    assert imports(MODULES[module], typing_only=False) <= below
+
+
+def test_buffers_know_no_network():
+    assert imports(MODULES["buffers"], typing_only=False) == {"observations", "type_aliases"}
+
+
+def test_one_iteration_can_be_read_at_one_sitting():
+    assert len(WALK) <= 7
+    for module, path in MODULES.items():
+        assert len(path.read_text().splitlines()) <= 350, f"{module} has become too long"

@@ -1,0 +1,459 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from conftest import ACTIVE, LineEnv
+from gymnasium import spaces
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_mbpo import MBPO
+from sb3_mbpo.fit import fit_ensemble
+
+
+def make(env=None, policy: str = "MlpPolicy", **kwargs) -> MBPO:
+    return MBPO(policy, env or LineEnv(), **(dict(seed=0, device="cpu") | ACTIVE | kwargs))
+
+
+def parameters(model: SAC) -> list[th.Tensor]:
+    return [parameter.detach().clone() for parameter in model.policy.parameters()]
+
+
+def identical(first: SAC, second: SAC) -> bool:
+    return all((a == b).all() for a, b in zip(parameters(first), parameters(second), strict=True))
+
+
+class Watch(BaseCallback):
+    """When the dynamics was fitted and how many transitions there were."""
+
+    def _on_training_start(self) -> None:
+        self.fits: list[int] = []
+        self.last = self.model.fit_result
+
+    def _on_rollout_end(self) -> None:
+        if self.model.fit_result is not self.last:
+            self.fits.append(self.num_timesteps)
+            self.last = self.model.fit_result
+
+    def _on_step(self) -> bool:
+        return True
+
+
+# ---------------------------------------------------------------- one iteration
+
+
+def test_fits_come_after_the_warm_up_and_at_every_multiple():
+    watch = Watch()
+    make().learn(105, callback=watch)
+    assert watch.fits == [41, 60, 80, 100]
+
+
+def test_a_multiple_that_several_environments_jump_over_counts():
+    watch = Watch()
+    make(make_vec_env(LineEnv, 3), train_freq=1).learn(110, callback=watch)
+    assert watch.fits == [42, 60, 81, 102]
+
+
+def test_learn_again_goes_on_fitting_with_and_without_reset():
+    model, watch = make(), Watch()
+    model.learn(65, callback=watch)
+    model.learn(40, callback=watch, reset_num_timesteps=False)
+    assert watch.fits == [80, 100]
+    model.learn(65, callback=watch)
+    assert watch.fits == [41, 60]
+
+
+def test_a_round_of_imagination_is_stored_beside_the_real_transitions():
+    model = make(rollout_length=3, rollout_batch_size=50, rollout_retain_steps=40)
+    model.learn(61)
+    assert model.imagined_buffer.capacity == 50 * 3 * 40 // 20
+    assert 100 < len(model.imagined_buffer) <= 300
+    assert model.replay_buffer.size() == 61 and model.num_timesteps == 61
+    stored = model.imagine()
+    rows = model.imagined_buffer.newest(stored)
+    real = {round(float(value), 4) for value in model.replay_buffer.observations[:61].flatten()}
+    assert {round(value, 4) for value in rows.observations[:50, 0].tolist()} <= real  # they branch off real states
+    assert rows.actions.abs().max() <= 1.0
+
+
+def test_the_imagined_buffer_grows_with_the_rollouts_and_keeps_its_rows():
+    model = make(rollout_length=(60, 100, 1, 5), rollout_batch_size=32, rollout_retain_steps=40)
+    model.learn(61)
+    assert (model.imagined_buffer.capacity, len(model.imagined_buffer)) == (64, 64)
+    before = model.imagined_buffer.newest(64).rewards
+    model.num_timesteps = 80
+    rows = model.imagine()
+    assert model.current_rollout_length() == 3
+    assert model.imagined_buffer.capacity == 2 * 3 * 32
+    assert (model.imagined_buffer.newest(rows + 64).rewards[:64] == before).all()
+
+
+def test_every_batch_of_train_has_its_real_share(monkeypatch):
+    model = make(real_ratio=0.1, batch_size=30)
+    model.learn(60)
+    seen = []
+    monkeypatch.setattr("sb3_mbpo.mbpo.sac_updates", lambda model, batches, delay: seen.extend(batches) or {})
+    real = model.replay_buffer.observations[:60].astype(np.float32).flatten()
+    model.train(gradient_steps=7, batch_size=30)
+    assert len(seen) == 7
+    for batch in seen:
+        assert batch.observations.shape == (30, 1)
+        assert np.isin(batch.observations[:3, 0].numpy(), real).all()
+        assert not np.isin(batch.rewards[3:, 0].numpy(), model.replay_buffer.rewards[:60]).any()
+
+
+def test_gradient_steps_minus_one_follows_the_environments():
+    model = make(make_vec_env(LineEnv, 4), gradient_steps=-1, train_freq=2)
+    model.learn(80)
+    assert model._n_updates == 80 - 40  # as many as transitions, once `learning_starts` is over
+    model = make(make_vec_env(LineEnv, 4), gradient_steps=3)
+    model.learn(80)
+    assert model._n_updates == 10 * 3  # per call of `train`, not per transition
+
+
+def test_real_ratio_may_be_a_schedule():
+    watch = Watch()
+    model = make(real_ratio=lambda progress: 1.0 if progress > 0.5 else 0.0)
+    model.learn(160, callback=watch)
+    assert watch.fits[0] >= 80 and len(watch.fits) >= 3
+
+
+# ---------------------------------------------------------------- idle, or active
+
+
+@pytest.mark.parametrize("idle", [dict(real_ratio=1.0), dict(learning_starts=10**6)], ids=["real_ratio", "warm-up"])
+@pytest.mark.parametrize("env", [LineEnv, lambda: VecNormalize(make_vec_env(LineEnv, 2, seed=0))], ids=["plain", "normalized"])
+def test_an_idle_mbpo_is_sac_to_the_bit(env, idle):
+    ours = make(env(), **idle).learn(150)
+    learning_starts = idle.get("learning_starts", ACTIVE["learning_starts"])
+    sac = SAC("MlpPolicy", env(), seed=0, device="cpu", learning_starts=learning_starts).learn(150)
+    assert identical(ours, sac)
+    assert (ours.replay_buffer.observations == sac.replay_buffer.observations).all()
+    assert ours.fit_result is None
+    assert th.rand(3).tolist() == (make(env(), **idle).learn(150), th.rand(3).tolist())[1]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not():
+    first, second, third = (make(seed=seed).learn(100) for seed in (5, 5, 6))
+    assert identical(first, second) and not identical(first, third)
+    assert first.fit_result.holdout_mse == second.fit_result.holdout_mse
+
+
+def test_an_active_mbpo_is_not_sac():
+    sac = SAC("MlpPolicy", LineEnv(), seed=0, device="cpu", learning_starts=40).learn(80)
+    assert not identical(make().learn(80), sac)
+
+
+# ---------------------------------------------------------------- units
+
+
+def test_everything_stays_raw_while_the_statistics_of_vec_normalize_drift(monkeypatch):
+    env = VecNormalize(DummyVecEnv([lambda: LineEnv()]), clip_obs=5.0)
+    model = make(env)
+    fitted = []
+    monkeypatch.setattr(
+        "sb3_mbpo.fit.fit_ensemble", lambda dynamics, *rest: fitted.append(rest[1]) or fit_ensemble(dynamics, *rest)
+    )
+    actor_inputs = []
+    model.actor.register_forward_pre_hook(lambda module, inputs: actor_inputs.append(inputs[0]))
+    model.learn(100)
+    # what the fit saw obeys the raw dynamics: s' = s + 0.3 a, r = -|s'|
+    for data in fitted:
+        th.testing.assert_close(data.next_observations, data.observations + 0.3 * data.actions, rtol=1e-4, atol=1e-4)
+        th.testing.assert_close(data.rewards, -data.next_observations.abs()[:, 0], rtol=1e-4, atol=1e-4)
+    statistics = env.obs_rms.mean.copy(), env.obs_rms.var.copy(), env.obs_rms.count, env.ret_rms.var.copy()
+    actor_inputs.clear()
+    rows = model.imagined_buffer.newest(model.imagine())
+    assert (
+        env.obs_rms.mean,
+        env.obs_rms.var,
+        env.obs_rms.count,
+        env.ret_rms.var,
+    ) == statistics  # imagination leaves them alone
+    # the actor saw the same rows normalised with the statistics of now
+    th.testing.assert_close(actor_inputs[0], th.as_tensor(env.normalize_obs(rows.observations.numpy())))
+    # raw again: the imagined rows start at raw observations, although the statistics have moved since those were stored
+    env.obs_rms.mean += 7.0
+    raw = {round(float(value), 4) for value in model.replay_buffer.observations[:100].flatten()}
+    rows = model.imagined_buffer.newest(model.imagine())
+    assert {round(value, 4) for value in rows.observations[:, 0].tolist()} <= raw
+
+
+def test_user_functions_replace_the_learned_parts():
+    def reward(obs, action, next_obs):
+        assert action.min() >= -2.0 and action.max() <= 1.0 and action.min() < -1.0  # the environment's units
+        return 100.0 + next_obs[:, 0]
+
+    def terminated(obs, action, next_obs):
+        return np.abs(next_obs[:, 0]) > 3.0
+
+    model = make(termination_fn=terminated, reward_fn=reward)
+    model.learn(80)
+    rows = model.imagined_buffer.newest(64)
+    th.testing.assert_close(rows.rewards, 100.0 + rows.next_observations[:, 0])
+    assert (rows.terminated == (rows.next_observations[:, 0].abs() > 3.0)).all()
+    assert model.fit_result.termination_recall is None
+    assert make().learn(80).fit_result.termination_recall is not None
+
+
+# ---------------------------------------------------------------- as SB3's users know it
+
+
+def test_kinds_of_environments_all_imagine():
+    for model in (
+        make(LineEnv(dict_observation=True), policy="MultiInputPolicy"),
+        make(make_vec_env(LineEnv, 3)),
+        make("Pendulum-v1"),
+        make(use_sde=True),
+        make(n_steps=3),
+        make(
+            VecNormalize(make_vec_env(lambda: LineEnv(dict_observation=True), 2), norm_obs_keys=["memory"]), "MultiInputPolicy"
+        ),
+        make("Pendulum-v1", optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)),
+        make(policy_delay=4, gradient_steps=2),
+        make(buffer_size=50),
+    ):
+        model.learn(90)
+        assert len(model.imagined_buffer) > 0 and model.fit_result is not None
+        assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+
+
+def test_set_env_reads_the_task_anew():
+    model = make("Hopper-v5")
+    rule = model.dynamics.termination_fn
+    model.set_env(gym.make("Hopper-v5", healthy_z_range=(1.3, 2.0)))
+    state = th.tensor([[1.25] + [0.0] * 10])
+    assert not rule(state, state, state).item() and model.dynamics.termination_fn(state, state, state).item()
+
+
+def test_save_and_load_keep_the_model_that_imagines(tmp_path):
+    model = make().learn(80)
+    model.save(tmp_path / "model")
+    observations, actions = th.randn(5, 1), th.rand(5, 1)
+    for loaded in (MBPO.load(tmp_path / "model"), MBPO.load(tmp_path / "model", env=LineEnv())):
+        assert identical(loaded, model) and loaded.fit_result.elites == model.fit_result.elites
+        for got, expected in zip(
+            loaded.dynamics.predict(observations, actions), model.dynamics.predict(observations, actions), strict=True
+        ):
+            assert (got == expected).all()
+    with pytest.raises(ValueError, match="call `set_env` first"):
+        MBPO.load(tmp_path / "model").imagine()
+    watch = Watch()
+    loaded.learn(60, callback=watch, reset_num_timesteps=False)  # without its replay buffer it first collects anew
+    assert watch.fits == [121, 140] and len(loaded.imagined_buffer) > 0
+    state = loaded.dynamics_optimizer.state_dict()["state"][0]["step"]
+    assert state > model.dynamics_optimizer.state_dict()["state"][0]["step"]  # Adam goes on
+
+
+def test_a_saved_replay_buffer_can_be_fitted_to(tmp_path):
+    model = make().learn(80)
+    model.save_replay_buffer(tmp_path / "buffer")
+    fresh = make()
+    fresh.load_replay_buffer(tmp_path / "buffer")
+    result = fresh.fit_dynamics()
+    assert len(result.elites) == 2 and fresh.imagine() > 0
+    model.save(tmp_path / "model")
+    resumed, watch = MBPO.load(tmp_path / "model", env=LineEnv()), Watch()
+    resumed.load_replay_buffer(tmp_path / "buffer")
+    assert resumed.imagine() > 0  # by the elites of the saved fit
+    resumed.learn(45, callback=watch, reset_num_timesteps=False)
+    assert watch.fits == [100, 120]
+
+
+def test_checkpoints_and_tensorboard_work(tmp_path):
+    model = make(tensorboard_log=str(tmp_path))
+    model.learn(80, callback=[CheckpointCallback(30, str(tmp_path), name_prefix="point")])
+    assert (tmp_path / "MBPO_1").is_dir() and (tmp_path / "point_60_steps.zip").exists()
+
+
+LOGGED = {
+    "dynamics/holdout_mse",
+    "dynamics/holdout_mse_state",
+    "dynamics/holdout_mse_reward",
+    "dynamics/train_nll",
+    "dynamics/epochs",
+    "dynamics/gradient_steps",
+    "dynamics/fit_seconds",
+    "dynamics/predicted_std",
+    "dynamics/disagreement",
+    "dynamics/termination_precision",
+    "dynamics/termination_recall",
+    "imagined/rollout_length",
+    "imagined/rows",
+    "imagined/ended",
+    "imagined/buffer_fill",
+    "imagined/seconds",
+    "train/real_ratio",
+    "train/seconds",
+}
+
+
+class Keys(BaseCallback):
+    def _on_training_start(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def _on_rollout_start(self) -> None:
+        self.values.update(self.logger.name_to_value)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_what_is_logged_is_complete_short_and_true():
+    keys = Keys()
+    model = make(real_ratio=0.1, batch_size=50)
+    model.learn(99, callback=keys)
+    assert {key for key in keys.values if key.split("/")[0] in ("dynamics", "imagined")} <= LOGGED
+    assert LOGGED <= set(keys.values)
+    assert all(len(key) <= 36 for key in keys.values)
+    result = model.fit_result
+    assert keys.values["dynamics/holdout_mse"] == pytest.approx(
+        np.mean([result.holdout_mse[elite] for elite in result.elites])
+    )
+    assert keys.values["imagined/rollout_length"] == 1 and keys.values["imagined/rows"] == 64
+    assert keys.values["imagined/buffer_fill"] == len(model.imagined_buffer) / model.imagined_buffer.capacity
+    assert keys.values["train/real_ratio"] == pytest.approx(0.1)
+
+
+def test_the_table_on_stdout_has_room_for_every_key(capsys):
+    make(verbose=1).learn(100, log_interval=1)
+    printed = capsys.readouterr().out
+    for key in LOGGED:
+        assert key.split("/")[1] in printed
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(real_ratio=1.5), "`real_ratio` must lie between 0 .* but got 1.5"),
+        (dict(real_ratio=-0.1), "`real_ratio`"),
+        (dict(rollout_length=(100, 50, 1, 5)), "`rollout_length`=.*ends.*before it starts"),
+        (dict(rollout_length=0), "`rollout_length` must be at least 1"),
+        (dict(rollout_batch_size=0), "`rollout_batch_size` must be an int of at least 1, but got 0"),
+        (dict(dynamics_train_freq=0.5), "`dynamics_train_freq`"),
+        (dict(rollout_retain_steps=-1), "`rollout_retain_steps`"),
+        (dict(policy_delay=0), "`policy_delay`"),
+        (dict(dynamics_kwargs=dict(n_elites=8)), "must be from 1 to `ensemble_size`=7, but got 8"),
+        (dict(dynamics_kwargs=dict(hidden=3)), r"got \['hidden'\], which it does not know"),
+    ],
+)
+def test_bad_parameters_are_refused_at_once(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        MBPO("MlpPolicy", LineEnv(), **kwargs)
+
+
+def test_other_action_spaces_are_refused():
+    with pytest.raises(ValueError, match=r"Box action space.*Discrete\(2\).*DQN"):
+        MBPO("MlpPolicy", "CartPole-v1")
+
+
+class Broken(gym.Wrapper):
+    """Says something that is not finite at its 50th step."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(LineEnv())
+        self.where, self.count = where, 0
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.count += 1
+        if self.count == 50:
+            observation = np.full(1, np.nan) if self.where == "observation" else observation
+            reward = np.inf if self.where == "reward" else reward
+        return observation, reward, terminated, truncated, info
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("where", ["observation", "reward"])
+def test_what_is_not_finite_never_enters_a_buffer(where, normalize):
+    env = DummyVecEnv([lambda: Broken(where)])
+    model = make(VecNormalize(env) if normalize else env)
+    with pytest.raises(ValueError, match=f"its {where} is"):
+        model.learn(100)
+    assert model.replay_buffer.size() == 49
+    assert np.isfinite(model.replay_buffer.observations).all() and np.isfinite(model.replay_buffer.rewards).all()
+
+
+def test_a_user_function_of_the_wrong_shape_stops_the_first_fit():
+    with pytest.raises(ValueError, match="`termination_fn` must return one bool per row"):
+        make(termination_fn=lambda obs, action, next_obs: np.zeros((len(obs), 1), dtype=bool)).learn(80)
+
+
+def test_a_termination_rule_that_contradicts_the_environment_stops_the_first_fit():
+    with pytest.raises(ValueError, match="disagrees with the environment"):
+        make(termination_fn=lambda obs, action, next_obs: np.abs(next_obs[:, 0]) > 1.0).learn(80)
+
+
+def test_asking_too_early_is_explained():
+    with pytest.raises(ValueError, match="Got 0 usable real transitions, but a fit needs 10"):
+        make().fit_dynamics()
+    with pytest.raises(ValueError, match="call `fit_dynamics`"):
+        make().imagine()
+
+
+class ImageEnv(gym.Env):
+    observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+    action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.low, {}
+
+    def step(self, action):
+        return self.observation_space.low, 0.0, False, False, {}
+
+
+def idle_models():
+    images = dict(buffer_size=100, policy_kwargs=dict(features_extractor_kwargs=dict(features_dim=8)))
+    yield make(ImageEnv(), "CnnPolicy", **images), "images"
+    her = dict(replay_buffer_class=HerReplayBuffer, learning_starts=60)
+    yield make(BitFlippingEnv(n_bits=4, continuous=True), "MultiInputPolicy", **her), "HerReplayBuffer"
+    lean = dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False))
+    yield make(**lean), "pass `termination_fn`"
+
+
+def test_what_cannot_be_modelled_runs_as_sac_and_says_so_once(tmp_path):
+    for index, (model, reason) in enumerate(idle_models()):
+        folder = tmp_path / str(index)
+        model.set_logger(configure(str(folder), ["log"]))
+        model.learn(70)
+        model.learn(10, reset_num_timesteps=False)
+        text = (folder / "log.txt").read_text()
+        assert text.count("MBPO runs as plain SAC") == 1 and reason in text
+        assert model.fit_result is None and reason in model.idle_reason()
+
+
+def test_asking_an_image_model_to_imagine_is_a_value_error():
+    model, _ = next(idle_models())
+    for ask in (model.fit_dynamics, model.imagine):
+        with pytest.raises(ValueError, match=r"runs as plain SAC here .* not made for images"):
+            ask()
+
+
+def test_idleness_is_printed_at_verbose_1_only(capsys):
+    for verbose, count in [(0, 0), (1, 1)]:
+        model = make(ImageEnv(), "CnnPolicy", buffer_size=10, verbose=verbose)
+        model.learn(3)
+        assert capsys.readouterr().out.count("MBPO runs as plain SAC") == count
+
+
+def test_a_frozen_part_of_the_actor_stays_as_it_is():
+    model = make()
+    model.actor.latent_pi[0].requires_grad_(False)
+    before = model.actor.latent_pi[0].weight.clone()
+    model.learn(80)
+    assert (model.actor.latent_pi[0].weight == before).all() and len(model.imagined_buffer) > 0
+
+
+def test_gsde_gives_every_imagined_row_its_own_noise():
+    model = make(use_sde=True, policy_kwargs=dict(log_std_init=-1.0)).learn(80)
+    actions = model._sample_imagined_actions(th.zeros(1000, 1))
+    assert actions.unique().numel() > 900 and actions.abs().max() < 1.0
