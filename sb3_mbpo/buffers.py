@@ -77,6 +77,7 @@ def real_transitions(buffer: ReplayBuffer, layout: ObservationLayout, device: th
 
 
 def check_finite(
+    last_observations: np.ndarray | dict[str, np.ndarray] | tuple[np.ndarray, ...] | None,
     observations: np.ndarray | dict[str, np.ndarray],
     rewards: np.ndarray,
     infos: list[dict[str, Any]],
@@ -85,7 +86,8 @@ def check_finite(
     """
     Call this before a transition is stored.
 
-    :param observations: (n_envs, *shape), or a dict of them, as the environment returned them
+    :param last_observations: (n_envs, *shape), or a dict of them: where the step began
+    :param observations: the same, as the environment returned them
     :param rewards: (n_envs,)
     :param infos: one dict per environment, with the last observation of an episode
     :param env: if given, it has the raw values
@@ -93,7 +95,7 @@ def check_finite(
     """
     if env is not None:
         observations, rewards = env.get_original_obs(), env.get_original_reward()
-    sources: list[tuple[str, Any]] = [("observation", observations), ("reward", rewards)]
+    sources: list[tuple[str, Any]] = [("observation", last_observations), ("observation", observations), ("reward", rewards)]
     sources += [("terminal observation", info["terminal_observation"]) for info in infos if "terminal_observation" in info]
     for name, source in sources:
         for values in source.values() if isinstance(source, dict) else [source]:

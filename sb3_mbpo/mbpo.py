@@ -155,7 +155,6 @@ class MBPO(SAC):
         self.dynamics_kwargs = dynamics_kwargs
         self.fit_result: FitResult | None = None
         self._last_fit_timestep: int | None = None
-        self._has_said_idle = False
         try:
             # fmt: off
             super().__init__(
@@ -177,7 +176,7 @@ class MBPO(SAC):
         self._generator = th.Generator(self.device)
         self._generator.seed()
         super()._setup_model()
-        self._why_not_modelled = why_not_modelled(self.observation_space, type(self.replay_buffer))
+        self._why_not_modelled, self._has_said_idle = why_not_modelled(self.observation_space, type(self.replay_buffer)), False
         self.dynamics, self.imagined_buffer = None, None
         if self._why_not_modelled is None:
             self._setup_dynamics()
@@ -209,7 +208,7 @@ class MBPO(SAC):
             self._generator.manual_seed(seed)
 
     def dynamics_due(self) -> bool:
-        """Whether the warm-up is over (its transitions stored), and a multiple of the frequency passed or nothing imagined."""
+        """Whether a fit is due: as soon as the warm-up is stored, then at every multiple of ``dynamics_train_freq``."""
         if self.idle_reason() is not None or self._current_real_ratio() == 1.0 or self.num_timesteps <= self.learning_starts:
             return False
         if self.replay_buffer.size() * self.replay_buffer.n_envs <= self.learning_starts and not self.replay_buffer.full:
@@ -239,12 +238,12 @@ class MBPO(SAC):
         One round: ``rollout_batch_size`` rollouts from real observations, stored in ``imagined_buffer``.
 
         :return: rows stored
-        :raises ValueError: before the first fit
+        :raises ValueError: before the first fit, or without a real transition to start from
         """
         dynamics = self._modelled_dynamics()
-        if self.fit_result is None or self.imagined_buffer is None:
-            raise ValueError("The dynamics has not been fitted yet: call `fit_dynamics` (or `learn`) first.")
         observations = real_transitions(self.replay_buffer, self._layout, self.device).observations
+        if self.fit_result is None or self.imagined_buffer is None or not len(observations):
+            raise ValueError("Imagining needs a fitted dynamics and real transitions to start from: call `learn` first.")
         starts = th.randint(len(observations), (self.rollout_batch_size,), generator=self._generator, device=self.device)
         self.policy.set_training_mode(False)
         length, elites = self.current_rollout_length(), self.fit_result.elites
@@ -318,7 +317,7 @@ class MBPO(SAC):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        check_finite(new_obs, reward, infos, self._vec_normalize_env)
+        check_finite(self._last_obs, new_obs, reward, infos, self._vec_normalize_env)
         mark_clipped_terminals(replay_buffer, dones, infos, self._vec_normalize_env)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 

@@ -263,7 +263,12 @@ def test_what_is_not_modelled_says_why():
 )
 def test_numbers_that_are_not_finite_are_refused(observations, rewards, infos, name):
     with pytest.raises(ValueError, match=f"its {name} is .*was not stored"):
-        check_finite(observations, rewards, infos, None)
+        check_finite(np.zeros((1, 2)), observations, rewards, infos, None)
+
+
+def test_a_reset_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="its observation is"):
+        check_finite(np.array([[np.nan]]), np.zeros((1, 1)), np.zeros(1), [{}], None)
 
 
 def test_dict_observations_are_flattened_in_the_spaces_own_order():

@@ -395,7 +395,7 @@ def test_a_termination_rule_that_contradicts_the_environment_stops_the_first_fit
 def test_asking_too_early_is_explained():
     with pytest.raises(ValueError, match="Got 0 usable real transitions, but a fit needs 10"):
         make().fit_dynamics()
-    with pytest.raises(ValueError, match="call `fit_dynamics`"):
+    with pytest.raises(ValueError, match="needs a fitted dynamics"):
         make().imagine()
 
 

@@ -31,6 +31,8 @@ def twins(**kwargs) -> tuple[SAC, SAC, list]:
         model = SAC("MlpPolicy", "Pendulum-v1", seed=0, learning_starts=10, batch_size=64, device="cpu", **kwargs)
         model.learn(60)
         model.set_logger(configure(None, []))
+        model._current_progress_remaining = 0.5
+        model.policy.set_training_mode(False)
         models.append(model)
     batches = [models[0].replay_buffer.sample(64) for _ in range(50)]
     return models[0], models[1], batches
@@ -63,6 +65,7 @@ def test_fifty_updates_equal_sb3s_own(kwargs):
         th.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     assert any((got - initial).abs().max() > 1e-3 for got, initial in zip(parameters(ours), start, strict=True))
     assert ours._n_updates == reference._n_updates
+    assert ours.actor.training and ours.critic.training
     for name, value in losses.items():
         assert value == pytest.approx(reference.logger.name_to_value[f"train/{name}"], rel=1e-4)
     for optimizer in ("actor", "critic"):
@@ -85,5 +88,7 @@ def test_policy_delay_updates_the_actor_at_every_nth_critic_update():
         optimizer.step = lambda *args, name=name, step=step: (counts.update({name: counts[name] + 1}), step(*args))[1]
     sac_updates(ours, batches[:25], policy_delay=10)
     assert counts == {"actor": 3, "critic": 25, "entropy": 3}  # updates 0, 10 and 20
-    sac_updates(ours, batches[25:32], policy_delay=10)
-    assert counts == {"actor": 4, "critic": 32, "entropy": 4}  # 30: the count goes on from call to call
+    sac_updates(ours, batches[25:30], policy_delay=10)
+    assert counts == {"actor": 3, "critic": 30, "entropy": 3}  # the count goes on from call to call
+    sac_updates(ours, batches[30:31], policy_delay=10)
+    assert counts == {"actor": 4, "critic": 31, "entropy": 4}

@@ -1,0 +1,58 @@
+"""
+The main job in a few minutes on a laptop: swing up a pendulum with 3,000 environment steps.
+
+    python examples/pendulum.py
+
+Prints the return before and after and saves a picture of the learning curve.
+"""
+
+import argparse
+from pathlib import Path
+
+import gymnasium as gym
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+
+from sb3_mbpo import MBPO
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3000, help="environment steps")
+    parser.add_argument("--learning-starts", type=int, default=500, help="steps with random actions")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("pendulum"), help="folder for the picture and the evaluations")
+    args = parser.parse_args()
+
+    model = MBPO("MlpPolicy", "Pendulum-v1", learning_starts=args.learning_starts, gradient_steps=10, seed=args.seed)
+    eval_env = Monitor(gym.make("Pendulum-v1"))
+    eval_env.reset(seed=args.seed + 10_000)
+    before, _ = evaluate_policy(model, eval_env, n_eval_episodes=20)
+
+    evaluation = EvalCallback(eval_env, eval_freq=250, n_eval_episodes=10, log_path=str(args.out), verbose=0)
+    model.learn(args.steps, callback=evaluation, progress_bar=True)
+
+    after, spread = evaluate_policy(model, eval_env, n_eval_episodes=20)
+    print(f"Mean return of 20 episodes: {before:.0f} before, {after:.0f} ± {spread:.0f} after {args.steps} steps.")
+
+    returns = np.array(evaluation.evaluations_results)  # (evaluations, episodes)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.plot(evaluation.evaluations_timesteps, returns.mean(axis=1), color="#0072B2", label="mean of 10 episodes")
+    low, high = returns.min(axis=1), returns.max(axis=1)
+    axes.fill_between(evaluation.evaluations_timesteps, low, high, color="#0072B2", alpha=0.2, linewidth=0, label="range")
+    axes.axvline(args.learning_starts, color="gray", linestyle="--", label="end of the random warm-up")
+    axes.set(xlabel="environment steps", ylabel="return", title="MBPO on Pendulum-v1")
+    axes.legend()
+    picture = args.out / "learning_curve.png"
+    figure.savefig(picture, dpi=150)
+    print(f"Wrote {picture}.")
+
+
+if __name__ == "__main__":
+    main()

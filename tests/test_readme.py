@@ -1,0 +1,58 @@
+"""The README is run and held against the code."""
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from test_mbpo import LOGGED
+
+from sb3_mbpo import MBPO
+from sb3_mbpo.dynamics import DynamicsConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+
+
+def test_the_first_two_blocks_are_one_command_line_each():
+    for language, code in BLOCKS[:2]:
+        assert language == "bash" and len(code.splitlines()) == 1
+    assert "examples/pendulum.py" in BLOCKS[0][1] and "pytest" in BLOCKS[1][1]
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_the_python_blocks_run(code, tmp_path, monkeypatch):
+    """With fewer steps: a warm-up of 40, and 60 in all."""
+    init, learn = MBPO.__init__, MBPO.learn
+
+    def short_init(self, *args, **kwargs):
+        init(self, *args, **(kwargs | dict(learning_starts=40, rollout_batch_size=100)))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MBPO, "__init__", short_init)
+    monkeypatch.setattr(MBPO, "learn", lambda self, steps, **kwargs: learn(self, min(steps, 60), **kwargs))
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_every_parameter_is_listed_with_its_default():
+    listed = dict(re.findall(r"^\| `(\w+)` \| `?([^`|]+?)`? \|", README, flags=re.MULTILINE))
+    parameters = inspect.signature(MBPO.__init__).parameters
+    own = [name for name in parameters if name not in inspect.signature(MBPO.__mro__[1].__init__).parameters]
+    assert len(own) == 9
+    for name in {*own, "learning_starts", "gradient_steps"} - {"dynamics_kwargs"}:
+        assert listed[name].replace("_", "") == str(parameters[name].default), name
+    for field in fields(DynamicsConfig):
+        expected = field.default.__name__ if field.name == "activation_fn" else str(field.default)
+        assert listed[field.name] == expected, field.name
+
+
+def test_every_logged_key_is_in_the_glossary():
+    assert set(re.findall(r"^\| `(\w+/\w+)` \|", README, flags=re.MULTILINE)) == LOGGED
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
