@@ -3,7 +3,7 @@ Hopper with the paper's settings (Janner et al. 2019, appendix C, and the author
 
     python examples/hopper.py
 
-125,000 environment steps take a day on one CPU core; TensorBoard shows how it goes: tensorboard --logdir runs
+125,000 environment steps take many hours on one CPU core; TensorBoard shows how it goes: tensorboard --logdir runs
 """
 
 import argparse

@@ -25,6 +25,12 @@ def _flat(source: np.ndarray, slots: np.ndarray) -> np.ndarray:
     return flat
 
 
+def _flat_observations(source: Any, slots: np.ndarray, layout: ObservationLayout) -> np.ndarray:
+    """(buffer_size, n_envs, *shape), or a dict of them -> (slots * n_envs, obs_dim)"""
+    parts = {key: _flat(part, slots) for key, part in source.items()} if isinstance(source, dict) else _flat(source, slots)
+    return layout.flatten(parts)
+
+
 def _usable(buffer: ReplayBuffer) -> tuple[np.ndarray, np.ndarray]:
     """
     :return: the slots that hold transitions, and a mask of shape (slots * n_envs,): which ones hold their true next
@@ -61,19 +67,25 @@ def real_transitions(buffer: ReplayBuffer, layout: ObservationLayout, device: th
     if buffer.optimize_memory_usage:
         next_slots, next_source = (slots + 1) % buffer.buffer_size, buffer.observations
 
-    def flat_observations(source: Any, rows: np.ndarray) -> th.Tensor:
-        parts = {key: _flat(part, rows) for key, part in source.items()} if isinstance(source, dict) else _flat(source, rows)
-        return th.as_tensor(layout.flatten(parts)[mask])
-
     timeouts = _flat(buffer.timeouts, slots).astype(bool)
     data = Transitions(
-        observations=flat_observations(buffer.observations, slots),
+        observations=th.as_tensor(_flat_observations(buffer.observations, slots, layout)[mask]),
         actions=th.as_tensor(_flat(buffer.actions, slots)[mask].astype(np.float32, copy=False)),
-        next_observations=flat_observations(next_source, next_slots),
+        next_observations=th.as_tensor(_flat_observations(next_source, next_slots, layout)[mask]),
         rewards=th.as_tensor(_flat(buffer.rewards, slots)[mask]),
         terminated=th.as_tensor((_flat(buffer.dones, slots).astype(bool) & ~timeouts)[mask]),
     )
     return Transitions(*(field.to(device) for field in data))
+
+
+def real_observations(buffer: ReplayBuffer, layout: ObservationLayout, device: th.device) -> th.Tensor:
+    """
+    :param buffer: SB3's own
+    :param layout: of the observations
+    :param device: of the result
+    :return: every observation from which a real transition began, (batch, obs_dim), raw
+    """
+    return th.as_tensor(_flat_observations(buffer.observations, np.arange(buffer.size()), layout), device=device)
 
 
 def check_finite(
@@ -155,11 +167,6 @@ class ImaginedBuffer:
     def __len__(self) -> int:
         return self._size
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the ring."""
-        return self._rows.nbytes
-
     def add(self, transitions: Transitions) -> None:
         """Stores a whole round at once; the oldest rows give way. :param transitions: raw, on the same device"""
         if self._rows.shape[0] == 0:
@@ -192,7 +199,9 @@ class ImaginedBuffer:
         :param n_rows: how many
         :param generator: draws the rows
         """
-        return self._unpack(self._rows[th.randint(self._size, (n_rows,), generator=generator, device=self._rows.device)])
+        # by age, not by slot: a ring that was saved and filled again draws the same rows
+        ages = 1 + th.randint(self._size, (n_rows,), generator=generator, device=self._rows.device)
+        return self._unpack(self._rows[(self._pos - ages) % self.capacity])
 
     def _unpack(self, rows: th.Tensor) -> Transitions:
         observations, actions, next_observations, rewards, terminated = rows.split(self._widths, dim=-1)

@@ -25,7 +25,7 @@ def save_checkpoint(model: MBPO, folder: str | Path) -> None:
     """
     Saves all that :func:`load_checkpoint` needs. The folder appears whole or not at all; an older one is replaced.
 
-    :param model: between two calls of ``learn``, or in a callback
+    :param model: between two calls of ``learn``, or at the end of a rollout in a callback
     :param folder: to write
     """
     folder = Path(folder)

@@ -1,6 +1,7 @@
 """The learned dynamics: raw observations and scaled actions in, a Gaussian over the raw next observation and reward out."""
 
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +70,11 @@ class DynamicsConfig:
         return config
 
     def _check(self) -> None:
+        whole = ["ensemble_size", "n_elites", "batch_size", "max_holdout", "patience"]
+        whole += [] if self.max_gradient_steps is None else ["max_gradient_steps"]
+        for name in whole:
+            if not isinstance(getattr(self, name), Integral):
+                raise ValueError(f"dynamics_kwargs[{name!r}] must be an int, but got {getattr(self, name)!r}.")
         n_layers = len(self.net_arch) + 1
         rules = [
             ("ensemble_size", self.ensemble_size >= 1, "at least 1"),
@@ -76,7 +82,7 @@ class DynamicsConfig:
             ("net_arch", all(width >= 1 for width in self.net_arch), "a list of layer widths such as [200, 200]"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
             ("weight_decay", len(self.layer_decays) == n_layers, f"a float, or {n_layers} floats, one per layer"),
-            ("weight_decay", min(self.layer_decays) >= 0, "at least 0"),
+            ("weight_decay", min(self.layer_decays, default=0) >= 0, "at least 0"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("holdout_ratio", 0 < self.holdout_ratio < 1, "above 0 and below 1"),
             ("max_holdout", self.max_holdout >= 1, "at least 1"),

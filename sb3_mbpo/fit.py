@@ -111,7 +111,8 @@ def check_termination(dynamics: Dynamics, data: Transitions) -> None:
             f"The termination rule disagrees with the environment in {n_wrong} of {data.n_rows} transitions, "
             f"rows {wrong.nonzero().flatten()[:10].tolist()}: for row {row} it says {bool(predicted[row])}, the environment "
             f"said {bool(data.terminated[row])}, next observation {data.next_observations[row].tolist()}. "
-            "Pass a `termination_fn` that fits this environment."
+            "Pass a `termination_fn` that fits this environment. (With `handle_timeout_termination=False` a time limit counts "
+            "as a termination: leave it at True.)"
         )
 
 
@@ -121,6 +122,7 @@ def fit_dynamics(
     termination_optimizer: th.optim.Optimizer,
     data: Transitions,
     generator: th.Generator,
+    check_rule: bool,
 ) -> FitResult:
     """
     Fits the ensemble and, unless the termination rule is known, the termination head.
@@ -130,15 +132,20 @@ def fit_dynamics(
     :param termination_optimizer: of the termination head
     :param data: all real transitions, raw
     :param generator: draws holdouts, bootstraps and batches
-    :raises ValueError: when there are fewer than ``MIN_TRANSITIONS``
+    :param check_rule: whether to hold a known rule against the data first, see :func:`check_termination`
+    :raises ValueError: when there are fewer than ``MIN_TRANSITIONS``, or the rule contradicts them
     """
     if data.n_rows < MIN_TRANSITIONS:
         raise ValueError(f"Got {data.n_rows} usable real transitions, but a fit needs {MIN_TRANSITIONS}: collect more first.")
+    if check_rule and dynamics.termination_fn is not None:
+        check_termination(dynamics, data)
+    start = time.perf_counter()
     result = fit_ensemble(dynamics, optimizer, data, generator)
     if dynamics.termination_fn is not None:
         return result
     precision, recall = fit_termination(dynamics, termination_optimizer, data, generator)
-    return replace(result, termination_precision=precision, termination_recall=recall)
+    seconds = time.perf_counter() - start
+    return replace(result, seconds=seconds, termination_precision=precision, termination_recall=recall)
 
 
 def fit_ensemble(dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transitions, generator: th.Generator) -> FitResult:

@@ -30,6 +30,7 @@ def imagine(
     :param elites: members that take part
     :param generator: draws members and next states
     :return: at most ``batch * length`` rows, step by step
+    :raises ValueError: when no row is finite
     """
     elite_members = th.tensor(elites, device=starts.device)
     steps: list[Transitions] = []
@@ -44,7 +45,10 @@ def imagine(
         observations = step.next_observations[finite & ~step.terminated]
         if len(observations) == 0:
             break
-    return Transitions(*(th.cat(fields) for fields in zip(*steps, strict=True)))
+    rows = Transitions(*(th.cat(fields) for fields in zip(*steps, strict=True)))
+    if rows.n_rows == 0:
+        raise ValueError("No imagined row is finite. Check `reward_fn`, and the scale of the observations.")
+    return rows
 
 
 @th.no_grad()

@@ -19,11 +19,12 @@ from sb3_mbpo.buffers import (
     check_finite,
     count_usable,
     mark_clipped_terminals,
+    real_observations,
     real_transitions,
 )
 from sb3_mbpo.callback import DynamicsCallback
 from sb3_mbpo.dynamics import Dynamics, DynamicsConfig
-from sb3_mbpo.fit import MIN_TRANSITIONS, check_termination, fit_dynamics, make_optimizer
+from sb3_mbpo.fit import MIN_TRANSITIONS, fit_dynamics, make_optimizer
 from sb3_mbpo.imagination import imagine, sample_actions
 from sb3_mbpo.observations import ObservationLayout, why_not_modelled
 from sb3_mbpo.schedules import check_positive, check_rollout_length, imagined_capacity, real_ratio_at, rollout_length_at
@@ -47,9 +48,7 @@ class MBPO(SAC):
     Every ``dynamics_train_freq`` environment steps an ensemble of probabilistic networks is fitted to the real
     transitions; the current policy then acts in it for ``rollout_length`` steps from ``rollout_batch_size`` real
     observations; SAC's batches are drawn from what came out, but for a share ``real_ratio``. Until the first fit, MBPO
-    is SAC. Observations that it cannot model (images, integers) and ``HerReplayBuffer`` keep it that way, and it says so.
-
-    The parameters up to ``device`` are SAC's; only the defaults of ``learning_starts`` and ``gradient_steps`` differ.
+    is SAC. Images, integer observations and ``HerReplayBuffer`` keep it that way, and it says so (see ``idle_reason``).
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -165,18 +164,20 @@ class MBPO(SAC):
             )
             # fmt: on
         except AssertionError as error:
-            if not hasattr(self, "action_space") or isinstance(self.action_space, spaces.Box):
+            space = getattr(self, "action_space", None)
+            if space is None or (isinstance(space, spaces.Box) and space.is_bounded()):
                 raise
             raise UnsupportedActionSpaceError(
-                f"MBPO needs a Box action space, as SAC does, but the environment has {self.action_space}. "
-                "For discrete actions use an algorithm such as DQN."
+                f"MBPO needs a Box action space with finite bounds, but the environment has {space}. Bound it, for example "
+                "with `gymnasium.wrappers.RescaleAction`; for discrete actions use an algorithm such as DQN."
             ) from error
 
     def _setup_model(self) -> None:
         self._generator = th.Generator(self.device)
         self._generator.seed()
         super()._setup_model()
-        self._why_not_modelled, self._has_said_idle = why_not_modelled(self.observation_space, type(self.replay_buffer)), False
+        self._has_said_idle = False
+        self._why_not_modelled = why_not_modelled(self.observation_space, type(self.replay_buffer))
         self.dynamics, self.imagined_buffer = None, None
         if self._why_not_modelled is None:
             self._setup_dynamics()
@@ -227,9 +228,8 @@ class MBPO(SAC):
         """
         dynamics = self._modelled_dynamics()
         data = real_transitions(self.replay_buffer, self._layout, self.device)
-        if self.fit_result is None and dynamics.termination_fn is not None:
-            check_termination(dynamics, data)
-        self.fit_result = fit_dynamics(dynamics, self.dynamics_optimizer, self.termination_optimizer, data, self._generator)
+        optimizers, is_first = (self.dynamics_optimizer, self.termination_optimizer), self.fit_result is None
+        self.fit_result = fit_dynamics(dynamics, *optimizers, data, self._generator, check_rule=is_first)
         self._last_fit_timestep = self.num_timesteps
         return self.fit_result
 
@@ -238,10 +238,10 @@ class MBPO(SAC):
         One round: ``rollout_batch_size`` rollouts from real observations, stored in ``imagined_buffer``.
 
         :return: rows stored
-        :raises ValueError: before the first fit, or without a real transition to start from
+        :raises ValueError: before the first fit, without a real transition to start from, or when no row is finite
         """
         dynamics = self._modelled_dynamics()
-        observations = real_transitions(self.replay_buffer, self._layout, self.device).observations
+        observations = real_observations(self.replay_buffer, self._layout, self.device)
         if self.fit_result is None or self.imagined_buffer is None or not len(observations):
             raise ValueError("Imagining needs a fitted dynamics and real transitions to start from: call `learn` first.")
         starts = th.randint(len(observations), (self.rollout_batch_size,), generator=self._generator, device=self.device)

@@ -20,7 +20,7 @@ def check_rollout_length(rollout_length: int | Sequence[int]) -> RolloutLength:
     :raises ValueError: when it is neither, a length is below 1, or the schedule ends before it starts
     """
     remedy = "Pass an int such as 1, or (start_step, end_step, k_first, k_last) such as (20_000, 150_000, 1, 15)."
-    values = (rollout_length,) if isinstance(rollout_length, Integral) else tuple(rollout_length)  # type: ignore[arg-type]
+    values = tuple(rollout_length) if isinstance(rollout_length, Sequence) else (rollout_length,)
     if len(values) not in (1, 4) or not all(isinstance(value, Integral) for value in values):
         raise ValueError(f"`rollout_length` must be one int or four ints, but got {rollout_length!r}. {remedy}")
     if min(values[-2:]) < 1:

@@ -94,6 +94,8 @@ class _Task(NamedTuple):
 def _identify(env: VecEnv | None) -> _Task | None:
     if env is None:
         return None
+    if not isinstance(env, VecEnv):
+        raise ValueError(f"Expected a VecEnv, but got {type(env).__name__}: make it with SB3's `make_vec_env`.")
     try:
         specs, inner_spaces = env.get_attr("spec"), env.get_attr("observation_space")
     except AttributeError:
@@ -146,7 +148,7 @@ def _rule(env: VecEnv | None, rules: dict[str, tuple[set[int], Callable[[_Task],
         rule = make_rule(task)
     except LookupError:
         return None
-    return None if rule is None else takes_tensors(rule)
+    return takes_tensors(rule)
 
 
 def _inside(column: th.Tensor, bounds: tuple[float, float]) -> th.Tensor:

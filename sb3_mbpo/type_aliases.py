@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class FitResult:
-    """One fit of the ensemble. Errors are in scaled units: 1 is the spread of the data itself."""
+    """One fit of the ensemble. Errors are in the units of the targets; standardised, 1 is the spread of the data itself."""
 
     elites: tuple[int, ...]  # members of lowest holdout error, best first
     holdout_mse: tuple[float, ...]  # per member, of the weights that it returned to

@@ -1,3 +1,7 @@
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare with models on the CPU
+
 import gymnasium as gym
 import numpy as np
 import pytest

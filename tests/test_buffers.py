@@ -94,9 +94,9 @@ def test_resizing_keeps_the_newest_rows():
 
 def test_the_ring_takes_the_bytes_of_its_rows():
     ring = ImaginedBuffer(1000, 2, 1, CPU)
-    assert ring.nbytes == 0  # until the first row arrives
+    assert ring._rows.nbytes == 0  # until the first row arrives
     ring.add(imagined_rows([1]))
-    assert ring.nbytes == 1000 * (2 * 2 + 1 + 2) * 4
+    assert ring._rows.nbytes == 1000 * (2 * 2 + 1 + 2) * 4
 
 
 def test_sampling_is_uniform_over_the_filled_part(generator):

@@ -32,8 +32,9 @@ def normalized():
 
 
 def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(tmp_path):
-    never_stopped = make(plain()).learn(140)
-    stopped = make(plain()).learn(80)  # four whole episodes
+    never_stopped = make(plain(), rollout_retain_steps=40).learn(140)
+    stopped = make(plain(), rollout_retain_steps=40).learn(80)  # four whole episodes; the ring has wrapped
+    assert stopped.imagined_buffer._pos not in (0, len(stopped.imagined_buffer))
     save_checkpoint(stopped, tmp_path / "point")
     th.manual_seed(99)
     np.random.seed(99)

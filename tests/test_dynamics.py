@@ -136,6 +136,8 @@ def test_user_functions_that_return_something_else_are_refused(generator, functi
         (dict(holdout_ratio=1.0), "'holdout_ratio'.*above 0 and below 1, but got 1.0"),
         (dict(learning_rate=0.0), "'learning_rate'"),
         (dict(max_gradient_steps=0), "'max_gradient_steps'"),
+        (dict(ensemble_size=5.5), r"'ensemble_size'\] must be an int, but got 5.5"),
+        (dict(weight_decay=[]), "'weight_decay'"),
     ],
 )
 def test_bad_dynamics_kwargs_are_refused(kwargs, message):

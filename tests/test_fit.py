@@ -158,7 +158,10 @@ def test_the_fit_ends_with_the_weights_of_lowest_error(generator, monkeypatch):
     monkeypatch.setattr(
         "sb3_mbpo.fit.split_holdout", lambda *arguments: holdouts.append(split_holdout(*arguments)) or holdouts[-1]
     )
+    kept, restore = [], BestWeights.restore
+    monkeypatch.setattr(BestWeights, "restore", lambda best: kept.append(best.errors.tolist()) or restore(best))
     result = fit_ensemble(dynamics, make_optimizer(dynamics), data, generator)
+    assert list(result.holdout_mse) == pytest.approx(kept[0], rel=1e-4)  # the lowest of every epoch
     holdout = holdouts[0][1]
     truth = th.cat((holdout.next_observations, holdout.rewards[:, None]), dim=1)
     for member in range(3):

@@ -66,6 +66,11 @@ def test_rows_that_are_not_finite_are_dropped_and_stepped_no_more(generator):
     assert rows.next_observations.isfinite().all()
 
 
+def test_when_no_row_is_finite_it_says_so(generator):
+    with pytest.raises(ValueError, match="No imagined row is finite"):
+        imagine(CountingDynamics(breaks={0: 1, 1: 1}), no_action, starts(2), 3, [0], generator)
+
+
 def test_elites_are_drawn_per_row_and_step_and_none_but_them(generator):
     rows = imagine(CountingDynamics(), no_action, starts(3000), 2, [5, 1, 4], generator)
     first, second = rows.rewards[:3000], rows.rewards[3000:]

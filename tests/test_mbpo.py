@@ -353,6 +353,10 @@ def test_bad_parameters_are_refused_at_once(kwargs, message):
 def test_other_action_spaces_are_refused():
     with pytest.raises(ValueError, match=r"Box action space.*Discrete\(2\).*DQN"):
         MBPO("MlpPolicy", "CartPole-v1")
+    unbounded = LineEnv()
+    unbounded.action_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    with pytest.raises(ValueError, match="with finite bounds, but"):
+        MBPO("MlpPolicy", unbounded)
 
 
 class Broken(gym.Wrapper):

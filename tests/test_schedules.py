@@ -18,7 +18,7 @@ def test_rollout_length_may_fall_jump_or_stay():
 
 
 @pytest.mark.parametrize(
-    "rollout_length", [0, -1, (20, 10, 1, 5), (0, 10, 0, 5), (0, 10, 1), (0.0, 10.0, 1, 5), (0, 10, 1, 2.5), "1"]
+    "rollout_length", [0, -1, (20, 10, 1, 5), (0, 10, 0, 5), (0, 10, 1), (0.0, 10.0, 1, 5), (0, 10, 1, 2.5), "1", 1.5, None]
 )
 def test_a_bad_rollout_length_is_refused(rollout_length):
     with pytest.raises(ValueError, match="rollout_length"):

@@ -142,3 +142,5 @@ def test_what_may_have_been_changed_is_not_known():
     assert known_termination_fn(DummyVecEnv([LineEnv])) is None  # unregistered
     assert known_termination_fn(None) is None
     assert known_termination_fn(make_vec_env("CartPole-v1")) is None
+    with pytest.raises(ValueError, match="Expected a VecEnv, but got TimeLimit"):
+        known_reward_fn(gym.make("Pendulum-v1"))
