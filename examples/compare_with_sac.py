@@ -1,5 +1,5 @@
 """
-MBPO, SAC, and SAC at MBPO's own ratio of updates to environment steps, side by side.
+MBPO, SAC as SB3 ships it, and SAC with MBPO's warm-up, target entropy and ratio of updates to steps, side by side.
 
     python examples/compare_with_sac.py Pendulum-v1 3000 --seeds 0 1 2
 
@@ -49,10 +49,10 @@ def make_model(algorithm: str, env: VecEnv, env_id: str, seed: int) -> SAC:
     settings = SETTINGS.get(env_id, {})
     if algorithm == "MBPO":
         return MBPO("MlpPolicy", env, seed=seed, device="cpu", **settings)
-    settings = {"gradient_steps": 20, "learning_starts": 1000, **settings}
+    if algorithm == "SAC":  # as SB3 ships it
+        return SAC("MlpPolicy", env, seed=seed, device="cpu")
+    settings = {"gradient_steps": 20, "learning_starts": 1000, **settings}  # MBPO's, but for the model
     settings = {key: value for key, value in settings.items() if key not in MBPO_ONLY}
-    if algorithm == "SAC":
-        settings["gradient_steps"] = 1
     return SAC("MlpPolicy", env, seed=seed, device="cpu", **settings)
 
 
