@@ -46,12 +46,12 @@ def make_env(env_id: str, n_envs: int, normalize: bool, seed: int, training: boo
 
 
 def make_model(algorithm: str, env: VecEnv, env_id: str, seed: int) -> SAC:
-    settings = SETTINGS.get(env_id, {})
-    if algorithm == "MBPO":
-        return MBPO("MlpPolicy", env, seed=seed, device="cpu", **settings)
     if algorithm == "SAC":  # as SB3 ships it
         return SAC("MlpPolicy", env, seed=seed, device="cpu")
-    settings = {"gradient_steps": 20, "learning_starts": 1000, **settings}  # MBPO's, but for the model
+    settings = {"gradient_steps": 20, "learning_starts": 1000, **SETTINGS.get(env_id, {})}
+    settings["gradient_steps"] *= env.num_envs  # they count per call of `train`: this keeps the updates per transition
+    if algorithm == "MBPO":
+        return MBPO("MlpPolicy", env, seed=seed, device="cpu", **settings)
     settings = {key: value for key, value in settings.items() if key not in MBPO_ONLY}
     return SAC("MlpPolicy", env, seed=seed, device="cpu", **settings)
 
