@@ -48,11 +48,8 @@ class ObservationLayout:
         :return: (batch, obs_dim), float32
         """
         parts = [observations[key] for key in self._shapes] if isinstance(observations, dict) else [observations]
-        if not len(parts[0]):
-            return np.empty((0, self.obs_dim), dtype=np.float32)
-        flat: np.ndarray = np.concatenate(
-            [part.reshape(len(part), -1).astype(np.float32, copy=False) for part in parts], axis=1
-        )
+        columns = [part.reshape(-1, size) for part, size in zip(parts, self._sizes, strict=True)]
+        flat: np.ndarray = np.concatenate(columns, axis=1, dtype=np.float32)
         return flat
 
     def policy_input(self, observations: th.Tensor, vec_normalize: VecNormalize | None) -> th.Tensor | dict[str, th.Tensor]:
