@@ -38,6 +38,7 @@ class DynamicsCallback(BaseCallback):
             "disagreement": result.disagreement,
             "epochs": result.epochs,
             "gradient_steps": result.gradient_steps,
+            "diverged": float(result.diverged),
             "fit_seconds": result.seconds,
             "termination_precision": result.termination_precision,
             "termination_recall": result.termination_recall,
@@ -48,12 +49,14 @@ class DynamicsCallback(BaseCallback):
 
     def _log_imagination(self) -> None:
         start = time.perf_counter()
-        rows = self.model.imagine()
+        self.model.imagine()
         seconds = time.perf_counter() - start
-        buffer = self.model.imagined_buffer
-        assert buffer is not None  # `dynamics_due` said so
+        result, buffer = self.model.imagination_result, self.model.imagined_buffer
+        assert result is not None and buffer is not None  # `dynamics_due` said so
         self.logger.record("imagined/rollout_length", self.model.current_rollout_length())
-        self.logger.record("imagined/rows", rows)
-        self.logger.record("imagined/ended", buffer.newest(rows).terminated.float().mean().item())
+        self.logger.record("imagined/rows", result.rows)
+        self.logger.record("imagined/ended", result.terminated / max(result.rows, 1))
+        self.logger.record("imagined/not_finite", result.not_finite)
+        self.logger.record("imagined/far_from_data", result.far_from_data)
         self.logger.record("imagined/buffer_fill", len(buffer) / buffer.capacity)
         self.logger.record("imagined/seconds", seconds)

@@ -14,6 +14,9 @@ from sb3_mbpo.scaler import Standardizer
 from sb3_mbpo.tasks import evaluate_reward, evaluate_termination
 from sb3_mbpo.type_aliases import RewardFn, Step, TerminationFn, Transitions
 
+#: An imagined observation this many standard deviations beyond the real ones is an error of the model, not a discovery.
+MAX_STDS_FROM_DATA = 10.0
+
 
 @dataclass(frozen=True)
 class DynamicsConfig:
@@ -30,7 +33,8 @@ class DynamicsConfig:
     :param batch_size: rows per member and gradient step
     :param holdout_ratio: share of the real transitions that is kept from training and ranks the members
     :param max_holdout: upper bound of the holdout, in rows
-    :param patience: the fit stops after more than this many epochs in which no member improved
+    :param patience: the fit stops after more than this many epochs in which no member improved; epochs of less than 10
+        gradient steps count together
     :param improvement: relative fall of a member's holdout error that counts as an improvement
     :param max_gradient_steps: upper bound of the gradient steps of one fit; ``None``: no bound
     :param normalize_targets: whether to standardise the targets too, state and reward each on its own
@@ -140,6 +144,8 @@ class Dynamics(nn.Module):
 
     _action_low: th.Tensor
     _action_range: th.Tensor
+    lowest: th.Tensor
+    highest: th.Tensor
 
     def __init__(
         self,
@@ -163,6 +169,8 @@ class Dynamics(nn.Module):
         )
         self.input_scaler = Standardizer(input_dim)
         self.target_scaler = Standardizer(output_dim)
+        self.register_buffer("lowest", th.full((obs_dim,), -th.inf))
+        self.register_buffer("highest", th.full((obs_dim,), th.inf))
         self.termination_head = TerminationHead(input_dim + obs_dim, 64, generator)
 
     def fit_scalers(self, data: Transitions) -> None:
@@ -170,6 +178,9 @@ class Dynamics(nn.Module):
         self.input_scaler.fit(th.cat((data.observations, data.actions), dim=-1))
         if self.config.normalize_targets:
             self.target_scaler.fit(self._raw_targets(data))
+        margin = MAX_STDS_FROM_DATA * self.input_scaler.std[: data.observations.shape[-1]]
+        self.lowest.copy_(th.minimum(data.observations, data.next_observations).amin(dim=0) - margin)
+        self.highest.copy_(th.maximum(data.observations, data.next_observations).amax(dim=0) + margin)
 
     def scaled_inputs(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
@@ -234,6 +245,16 @@ class Dynamics(nn.Module):
         if self.termination_fn is None:
             return self.termination_head.terminated(self.termination_inputs(observations, actions, next_observations))
         return evaluate_termination(self.termination_fn, observations, self.unscale_actions(actions), next_observations)
+
+    def near_data(self, observations: th.Tensor) -> th.Tensor:
+        """
+        Whether no dimension lies more than ``MAX_STDS_FROM_DATA`` standard deviations of the last fit's observations
+        below their smallest or above their largest value. (Where all were equal, the standard deviation counts as 1.)
+
+        :param observations: (batch, obs_dim), raw
+        :return: (batch,), bool
+        """
+        return ((observations >= self.lowest) & (observations <= self.highest)).all(dim=-1)
 
     def unscale_actions(self, actions: th.Tensor) -> th.Tensor:
         """From [-1, 1] to the environment's units."""

@@ -1,6 +1,10 @@
 """Fitting: the ensemble by maximum likelihood, each member on its own bootstrap and back to its own best weights."""
 
+import itertools
+import math
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch as th
@@ -12,6 +16,9 @@ from sb3_mbpo.type_aliases import FitResult, Transitions
 
 #: A holdout of one row in five needs a few rows to say anything.
 MIN_TRANSITIONS = 10
+#: The stopping rule looks at the holdout after each epoch, or after several that make this many gradient steps: on a few
+#: hundred rows an epoch is one step, and no step improves anything by 1 %.
+MIN_STEPS_PER_LOOK = 10
 
 
 def make_optimizer(dynamics: Dynamics) -> th.optim.Adam:
@@ -64,7 +71,7 @@ def ensemble_loss(ensemble: GaussianEnsemble, inputs: th.Tensor, targets: th.Ten
 
 class BestWeights:
     """
-    Each member's weights as they were when its own holdout error was lowest.
+    Each member's weights as they were when its own holdout error was lowest, and the shared bounds of the last update.
 
     :param ensemble: whose members these are
     :param improvement: relative fall of the error that counts
@@ -73,6 +80,8 @@ class BestWeights:
     def __init__(self, ensemble: GaussianEnsemble, improvement: float) -> None:
         self._parameters = [*ensemble.weights, *ensemble.biases]  # the ensemble dimension first
         self._best = [parameter.detach().clone() for parameter in self._parameters]
+        self._bounds = [ensemble.max_log_var, ensemble.min_log_var]
+        self._last_bounds = [bound.detach().clone() for bound in self._bounds]
         self._improvement = improvement
         self.errors = th.full((ensemble.ensemble_size,), th.inf, device=self._best[0].device)
 
@@ -84,13 +93,15 @@ class BestWeights:
         improved = errors < self.errors * (1.0 - self._improvement)
         for best, parameter in zip(self._best, self._parameters, strict=True):
             best[improved] = parameter.detach()[improved]
+        self._last_bounds = [bound.detach().clone() for bound in self._bounds]
         self.errors = th.where(improved, errors, self.errors)
         return bool(improved.any())
 
     def restore(self) -> None:
         """Every member returns to its own best."""
         with th.no_grad():
-            for best, parameter in zip(self._best, self._parameters, strict=True):
+            kept = [*self._best, *self._last_bounds]
+            for best, parameter in zip(kept, [*self._parameters, *self._bounds], strict=True):
                 parameter.copy_(best)
 
 
@@ -153,11 +164,13 @@ def fit_ensemble(dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transi
     Fits scalers and ensemble to the real transitions. Weights and Adam's state carry on from the last fit.
 
     Holdout, bootstrap, stopping rule, restored weights and elites are those of Janner et al. 2019 (their code, ``bnn.py``).
+    A loss or a holdout error that is not finite ends the fit: the members return to their best weights and Adam starts anew.
 
     :param dynamics: fitted in place
     :param optimizer: of the ensemble, see :func:`make_optimizer`
     :param data: all real transitions, raw, at least ``MIN_TRANSITIONS``
     :param generator: draws holdout, bootstraps and batches
+    :raises ValueError: when not even the best weights have a finite holdout error
     """
     start = time.perf_counter()
     config, ensemble = dynamics.config, dynamics.ensemble
@@ -169,12 +182,15 @@ def fit_ensemble(dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transi
     )  # drawn once: members differ because their data do
 
     best = BestWeights(ensemble, config.improvement)
-    max_steps = config.max_gradient_steps or th.inf
-    epochs = steps = stale_epochs = 0
-    while stale_epochs <= config.patience and steps < max_steps:
-        epochs += 1
+    max_steps = config.max_gradient_steps or sys.maxsize
+    steps_per_epoch = math.ceil(train.n_rows / config.batch_size)
+    epochs_per_look = math.ceil(MIN_STEPS_PER_LOOK / steps_per_epoch)
+    steps = stale_looks = 0
+    diverged, train_nll = False, math.nan
+    while stale_looks <= config.patience and steps < max_steps and not diverged:
         likelihoods = []
-        for columns in th.randperm(train.n_rows, generator=generator, device=inputs.device).split(config.batch_size):
+        batches = _batches(epochs_per_look, train.n_rows, config.batch_size, generator)
+        for columns in itertools.islice(batches, max_steps - steps):
             rows = bootstrap[:, columns]
             loss, likelihood = ensemble_loss(ensemble, inputs[rows], targets[rows])
             optimizer.zero_grad()
@@ -182,14 +198,22 @@ def fit_ensemble(dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transi
             optimizer.step()
             likelihoods.append(likelihood)
             steps += 1
-            if steps >= max_steps:
-                break
         errors = _evaluate(dynamics, holdout)[0].mean(dim=1)
-        stale_epochs = 0 if best.update(errors) else stale_epochs + 1
+        diverged = not th.stack([*likelihoods, *errors]).isfinite().all()
+        if not diverged:
+            train_nll = th.stack(likelihoods).mean().item()
+            stale_looks = 0 if best.update(errors) else stale_looks + 1
     best.restore()
+    if diverged:
+        optimizer.state.clear()
 
     squared_errors, prediction = _evaluate(dynamics, holdout)
     member_errors = squared_errors.mean(dim=1)
+    if not member_errors.isfinite().all():
+        raise ValueError(
+            f"The dynamics cannot be fitted: its holdout errors are {member_errors.tolist()}. The largest real observation is "
+            f"{data.observations.abs().max():.3g}, the largest reward {data.rewards.abs().max():.3g}: check their scale."
+        )
     elites = th.argsort(member_errors)[: config.n_elites]
     elite_prediction = GaussianPrediction(prediction.mean[elites], prediction.std[elites])
     return FitResult(
@@ -197,13 +221,20 @@ def fit_ensemble(dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transi
         holdout_mse=tuple(member_errors.tolist()),
         holdout_mse_state=squared_errors[elites, :-1].mean().item(),
         holdout_mse_reward=squared_errors[elites, -1].mean().item(),
-        train_nll=th.stack(likelihoods).mean().item(),
+        train_nll=train_nll,
         predicted_std=elite_prediction.std.mean().item(),
         disagreement=elite_prediction.disagreement().mean().item(),
-        epochs=epochs,
+        epochs=math.ceil(steps / steps_per_epoch),
         gradient_steps=steps,
+        diverged=diverged,
         seconds=time.perf_counter() - start,
     )
+
+
+def _batches(epochs: int, n_rows: int, batch_size: int, generator: th.Generator) -> Iterator[th.Tensor]:
+    """Row numbers in a new random order for each epoch, cut into batches."""
+    for _ in range(epochs):
+        yield from th.randperm(n_rows, generator=generator, device=generator.device).split(batch_size)
 
 
 @th.no_grad()

@@ -6,7 +6,7 @@ import torch as th
 from stable_baselines3.sac.policies import Actor
 
 from sb3_mbpo.dynamics import Dynamics
-from sb3_mbpo.type_aliases import ActionSampler, Transitions
+from sb3_mbpo.type_aliases import ActionSampler, ImaginationResult, Transitions
 
 
 @th.no_grad()
@@ -17,11 +17,12 @@ def imagine(
     length: int,
     elites: Sequence[int],
     generator: th.Generator,
-) -> Transitions:
+) -> tuple[Transitions, ImaginationResult]:
     """
     Branched rollouts (Janner et al. 2019, algorithm 2). Each row draws a new elite at each step, an action from the
-    policy and a next state from that elite's Gaussian. A row whose task has ended, or whose prediction is not finite,
-    is simulated no further; the latter is not returned either. The last step of a branch is no end of the task.
+    policy and a next state from that elite's Gaussian. A row whose task has ended is simulated no further; a step that
+    is not finite, or that leads far from the data (:meth:`Dynamics.near_data`), is dropped and ends its branch too.
+    The last step of a branch is no end of the task.
 
     :param dynamics: fitted
     :param sample_actions: the policy
@@ -29,26 +30,30 @@ def imagine(
     :param length: k, steps per branch
     :param elites: members that take part
     :param generator: draws members and next states
-    :return: at most ``batch * length`` rows, step by step
+    :return: at most ``batch * length`` rows, step by step, and the counts of this round
     :raises ValueError: when no row is finite
     """
     elite_members = th.tensor(elites, device=starts.device)
     steps: list[Transitions] = []
+    not_finite = far_from_data = 0
     observations = starts
     for _ in range(length):
         choice = th.randint(len(elite_members), (len(observations),), generator=generator, device=starts.device)
         actions = sample_actions(observations)
         step = dynamics.step(observations, actions, elite_members[choice], generator)
         finite = step.next_observations.isfinite().all(dim=-1) & step.rewards.isfinite()
+        kept = finite & dynamics.near_data(step.next_observations)
+        not_finite += int((~finite).sum())
+        far_from_data += int((finite & ~kept).sum())
         transitions = Transitions(observations, actions, *step)
-        steps.append(transitions if bool(finite.all()) else transitions.rows(finite))
-        observations = step.next_observations[finite & ~step.terminated]
+        steps.append(transitions if bool(kept.all()) else transitions.rows(kept))
+        observations = step.next_observations[kept & ~step.terminated]
         if len(observations) == 0:
             break
     rows = Transitions(*(th.cat(fields) for fields in zip(*steps, strict=True)))
-    if rows.n_rows == 0:
+    if rows.n_rows == 0 and far_from_data == 0:
         raise ValueError("No imagined row is finite. Check `reward_fn`, and the scale of the observations.")
-    return rows
+    return rows, ImaginationResult(rows.n_rows, int(rows.terminated.sum()), not_finite, far_from_data)
 
 
 @th.no_grad()

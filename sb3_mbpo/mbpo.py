@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -27,9 +26,10 @@ from sb3_mbpo.dynamics import Dynamics, DynamicsConfig
 from sb3_mbpo.fit import MIN_TRANSITIONS, fit_dynamics, make_optimizer
 from sb3_mbpo.imagination import imagine, sample_actions
 from sb3_mbpo.observations import ObservationLayout, why_not_modelled
+from sb3_mbpo.resumable import ResumableSAC
 from sb3_mbpo.schedules import check_positive, check_rollout_length, imagined_capacity, real_ratio_at, rollout_length_at
 from sb3_mbpo.tasks import known_termination_fn
-from sb3_mbpo.type_aliases import FitResult, RewardFn, RolloutLength, TerminationFn
+from sb3_mbpo.type_aliases import FitResult, ImaginationResult, RewardFn, RolloutLength, TerminationFn
 from sb3_mbpo.update import sac_updates
 
 SelfMBPO = TypeVar("SelfMBPO", bound="MBPO")
@@ -39,7 +39,7 @@ class UnsupportedActionSpaceError(ValueError, AssertionError):
     """A wrong action space. Also an ``AssertionError``, because that is what SB3's algorithms raise."""
 
 
-class MBPO(SAC):
+class MBPO(ResumableSAC):
     """
     Model-Based Policy Optimization (MBPO): SAC that trains on short rollouts inside a learned model of the environment.
 
@@ -153,6 +153,7 @@ class MBPO(SAC):
         DynamicsConfig.from_kwargs(dynamics_kwargs)
         self.dynamics_kwargs = dynamics_kwargs
         self.fit_result: FitResult | None = None
+        self.imagination_result: ImaginationResult | None = None
         self._last_fit_timestep: int | None = None
         try:
             # fmt: off
@@ -173,14 +174,13 @@ class MBPO(SAC):
             ) from error
 
     def _setup_model(self) -> None:
-        self._generator = th.Generator(self.device)
-        self._generator.seed()
         super()._setup_model()
         self._has_said_idle = False
         self._why_not_modelled = why_not_modelled(self.observation_space, type(self.replay_buffer))
         self.dynamics, self.imagined_buffer = None, None
         if self._why_not_modelled is None:
             self._setup_dynamics()
+        self._continue_stream()
 
     def _setup_dynamics(self) -> None:
         assert isinstance(self.action_space, spaces.Box)
@@ -203,11 +203,6 @@ class MBPO(SAC):
         super().set_env(env, force_reset)
         self._read_task()
 
-    def set_random_seed(self, seed: int | None = None) -> None:
-        super().set_random_seed(seed)
-        if seed is not None:
-            self._generator.manual_seed(seed)
-
     def dynamics_due(self) -> bool:
         """Whether a fit is due: as soon as the warm-up is stored, then at every multiple of ``dynamics_train_freq``."""
         if self.idle_reason() is not None or self._current_real_ratio() == 1.0 or self.num_timesteps <= self.learning_starts:
@@ -215,7 +210,7 @@ class MBPO(SAC):
         if self.replay_buffer.size() * self.replay_buffer.n_envs <= self.learning_starts and not self.replay_buffer.full:
             return False
         freq, last = self.dynamics_train_freq, self._last_fit_timestep
-        passed = last is None or not self.imagined_buffer or self.num_timesteps // freq > last // freq
+        passed = last is None or self.imagination_result is None or self.num_timesteps // freq > last // freq
         return passed and count_usable(self.replay_buffer) >= MIN_TRANSITIONS
 
     def fit_dynamics(self) -> FitResult:
@@ -247,7 +242,9 @@ class MBPO(SAC):
         starts = th.randint(len(observations), (self.rollout_batch_size,), generator=self._generator, device=self.device)
         self.policy.set_training_mode(False)
         length, elites = self.current_rollout_length(), self.fit_result.elites
-        rows = imagine(dynamics, self._sample_imagined_actions, observations[starts], length, elites, self._generator)
+        rows, self.imagination_result = imagine(
+            dynamics, self._sample_imagined_actions, observations[starts], length, elites, self._generator
+        )
         self.imagined_buffer.resize(self._imagined_capacity())
         self.imagined_buffer.add(rows)
         return rows.n_rows
@@ -322,7 +319,7 @@ class MBPO(SAC):
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "imagined_buffer", "_generator", "_layout"]
+        return [*super()._excluded_save_params(), "imagined_buffer", "imagination_result", "_layout"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()

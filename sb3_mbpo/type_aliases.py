@@ -59,6 +59,17 @@ class FitResult:
     disagreement: float  # standard deviation between the elites' means, same average
     epochs: int
     gradient_steps: int
+    diverged: bool  # a loss was not finite and ended the fit
     seconds: float
     termination_precision: float | None = None  # None: the termination is known, not learned
     termination_recall: float | None = None
+
+
+@dataclass(frozen=True)
+class ImaginationResult:
+    """What became of one round of imagined steps."""
+
+    rows: int  # stored
+    terminated: int  # of these, how many ended the task
+    not_finite: int  # dropped: NaN or infinity in the next observation or the reward
+    far_from_data: int  # dropped: see ``Dynamics.near_data``

@@ -172,10 +172,12 @@ def test_the_fit_ends_with_the_weights_of_lowest_error(generator, monkeypatch):
 
 def test_the_fit_stops_after_more_than_patience_epochs_without_gain(generator):
     noise = linear_gaussian(200, generator)[0]._replace(rewards=th.randn(200, generator=generator))
-    dynamics = make_dynamics(generator, patience=4, improvement=0.99)  # hardly anything counts as a gain
-    result = fit_ensemble(dynamics, make_optimizer(dynamics), noise, generator)
-    assert result.epochs == 1 + 5  # the first epoch always improves on nothing
-    assert result.gradient_steps == result.epochs  # 160 rows make one batch
+    # hardly anything counts as a gain; 160 rows make 16 batches of 10, or 5 of 32, or one of 256
+    for batch_size, steps_per_epoch, epochs_per_look in [(10, 16, 1), (32, 5, 2), (256, 1, 10)]:
+        dynamics = make_dynamics(generator, patience=4, improvement=0.99, batch_size=batch_size)
+        result = fit_ensemble(dynamics, make_optimizer(dynamics), noise, generator)
+        assert result.epochs == (1 + 5) * epochs_per_look  # the first look always improves on nothing
+        assert result.gradient_steps == result.epochs * steps_per_epoch
 
 
 def test_max_gradient_steps_is_a_bound(generator):
@@ -266,3 +268,49 @@ def test_a_known_rule_that_contradicts_the_log_is_an_error_that_names_rows(gener
     first = int((data.terminated & (data.next_observations[:, 0] <= 1.5)).nonzero()[0])
     with pytest.raises(ValueError, match=rf"rows \[{first}, .*for row {first} it says False.*Pass a `termination_fn`"):
         check_termination(dynamics, data)
+
+
+# ---------------------------------------------------------------- what breaks
+
+
+def test_a_loss_that_is_not_finite_ends_the_fit_at_the_best_weights(generator, monkeypatch):
+    data, _ = linear_gaussian(2000, generator)
+    dynamics = make_dynamics(generator)
+    optimizer = make_optimizer(dynamics)
+    before = fit_ensemble(dynamics, optimizer, data, generator)
+    assert not before.diverged
+    calls = []
+
+    def exploding_loss(ensemble, inputs, targets):
+        calls.append(len(calls))
+        loss, likelihood = ensemble_loss(ensemble, inputs, targets)
+        return (loss * th.nan, likelihood * th.nan) if len(calls) == 30 else (loss, likelihood)
+
+    monkeypatch.setattr("sb3_mbpo.fit.ensemble_loss", exploding_loss)
+    result = fit_ensemble(dynamics, optimizer, data, generator)
+    assert result.diverged and result.gradient_steps == len(calls) == 42  # looks come after 14 steps
+    assert all(parameter.isfinite().all() for parameter in dynamics.ensemble.parameters())
+    assert max(result.holdout_mse) < 1.2 * max(before.holdout_mse)
+    monkeypatch.undo()
+    again = fit_ensemble(dynamics, optimizer, data, generator)  # Adam has forgotten the NaN
+    assert not again.diverged and max(again.holdout_mse) < 1.2 * max(before.holdout_mse)
+
+
+def test_data_that_no_network_can_hold_are_named(generator):
+    data, _ = linear_gaussian(100, generator)
+    dynamics = make_dynamics(generator)
+    with pytest.raises(ValueError, match=r"cannot be fitted: its holdout errors are .*nan.*the largest reward inf"):
+        fit_ensemble(dynamics, make_optimizer(dynamics), data._replace(rewards=data.rewards * th.inf), generator)
+
+
+def test_near_data_is_ten_standard_deviations_beyond_the_extremes(generator):
+    dynamics = make_dynamics(generator)
+    assert dynamics.near_data(th.tensor([[1e30, 0.0]])).all()  # before the first fit there is no data to be far from
+    values = th.linspace(-1, 3, 101)
+    observations = th.stack((values, th.full_like(values, 5.0)), dim=1)
+    zeros = th.zeros(101, 1)
+    dynamics.fit_scalers(Transitions(observations, zeros, observations, zeros[:, 0], zeros[:, 0].bool()))
+    limit = 10 * values.numpy().std()
+    points = [(-1 - 0.99 * limit, 5), (-1 - 1.01 * limit, 5), (3 + 0.99 * limit, 5), (3 + 1.01 * limit, 5)]
+    points += [(0, 14.9), (0, 15.1), (0, -4.9), (0, -5.1)]  # a constant dimension has a standard deviation of 1
+    assert dynamics.near_data(th.tensor(points)).tolist() == [True, False] * 4

@@ -9,11 +9,11 @@ from sb3_mbpo.type_aliases import Step
 class CountingDynamics:
     """
     A row's observation is its age, counted by one each step; its reward is the member that moved it. Rows whose first
-    coordinate (their name) is listed end, or break, at the given age.
+    coordinate (their name) is listed end, break, or leave the data at the given age.
     """
 
-    def __init__(self, ends: dict[int, int] | None = None, breaks: dict[int, int] | None = None) -> None:
-        self.ends, self.breaks = ends or {}, breaks or {}
+    def __init__(self, ends=None, breaks=None, leaves=None) -> None:
+        self.ends, self.breaks, self.leaves = ends or {}, breaks or {}, leaves or {}
         self.batch_sizes: list[int] = []
 
     def step(self, observations, actions, members, generator):
@@ -23,7 +23,11 @@ class CountingDynamics:
         ended = th.tensor([self.ends.get(name) == age for name, age in zip(names, ages, strict=True)])
         broken = th.tensor([self.breaks.get(name) == age for name, age in zip(names, ages, strict=True)])
         following[broken] = th.nan
+        self.gone = th.tensor([self.leaves.get(name) == age for name, age in zip(names, ages, strict=True)])
         return Step(following, members.float(), ended)
+
+    def near_data(self, observations):
+        return ~self.gone
 
 
 def starts(n_rows: int) -> th.Tensor:
@@ -36,7 +40,7 @@ def no_action(observations: th.Tensor) -> th.Tensor:
 
 def test_ended_rows_are_stored_once_and_stepped_no_more(generator):
     dynamics = CountingDynamics(ends={0: 1, 3: 2, 4: 5})
-    rows = imagine(dynamics, no_action, starts(5), 5, [0], generator)
+    rows, _ = imagine(dynamics, no_action, starts(5), 5, [0], generator)
     assert dynamics.batch_sizes == [5, 4, 3, 3, 3]
     assert rows.n_rows == 18
     lengths = [int((rows.observations[:, 0] == name).sum()) for name in range(5)]
@@ -46,7 +50,7 @@ def test_ended_rows_are_stored_once_and_stepped_no_more(generator):
 
 
 def test_a_branch_goes_on_from_where_it_came_to(generator):
-    rows = imagine(CountingDynamics(), no_action, starts(3), 4, [0], generator)
+    rows, _ = imagine(CountingDynamics(), no_action, starts(3), 4, [0], generator)
     assert rows.observations[:, 1].tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert (rows.next_observations[:, 1] == rows.observations[:, 1] + 1).all()
     assert not rows.terminated.any()
@@ -54,16 +58,31 @@ def test_a_branch_goes_on_from_where_it_came_to(generator):
 
 def test_it_stops_when_every_row_has_ended(generator):
     dynamics = CountingDynamics(ends={0: 1, 1: 2})
-    assert imagine(dynamics, no_action, starts(2), 100, [0], generator).n_rows == 3
+    assert imagine(dynamics, no_action, starts(2), 100, [0], generator)[0].n_rows == 3
     assert dynamics.batch_sizes == [2, 1]
 
 
 def test_rows_that_are_not_finite_are_dropped_and_stepped_no_more(generator):
     dynamics = CountingDynamics(breaks={1: 2})
-    rows = imagine(dynamics, no_action, starts(3), 3, [0], generator)
+    rows, result = imagine(dynamics, no_action, starts(3), 3, [0], generator)
     assert dynamics.batch_sizes == [3, 3, 2]
-    assert rows.n_rows == 7
+    assert rows.n_rows == result.rows == 7
     assert rows.next_observations.isfinite().all()
+    assert (result.not_finite, result.far_from_data, result.terminated) == (1, 0, 0)
+
+
+def test_rows_that_leave_the_data_far_behind_are_dropped_and_stepped_no_more(generator):
+    dynamics = CountingDynamics(ends={2: 1}, leaves={1: 2, 2: 1})
+    rows, result = imagine(dynamics, no_action, starts(4), 3, [0], generator)
+    assert dynamics.batch_sizes == [4, 3, 2]
+    lengths = [int((rows.observations[:, 0] == name).sum()) for name in range(4)]
+    assert lengths == [3, 1, 0, 3]
+    assert (result.rows, result.not_finite, result.far_from_data, result.terminated) == (7, 0, 2, 0)
+
+
+def test_a_round_in_which_all_rows_go_astray_is_empty(generator):
+    rows, result = imagine(CountingDynamics(leaves={0: 1, 1: 1}), no_action, starts(2), 3, [0], generator)
+    assert rows.n_rows == result.rows == 0 and result.far_from_data == 2
 
 
 def test_when_no_row_is_finite_it_says_so(generator):
@@ -72,7 +91,7 @@ def test_when_no_row_is_finite_it_says_so(generator):
 
 
 def test_elites_are_drawn_per_row_and_step_and_none_but_them(generator):
-    rows = imagine(CountingDynamics(), no_action, starts(3000), 2, [5, 1, 4], generator)
+    rows, _ = imagine(CountingDynamics(), no_action, starts(3000), 2, [5, 1, 4], generator)
     first, second = rows.rewards[:3000], rows.rewards[3000:]
     for members in (first, second):
         for elite in (1, 4, 5):
@@ -88,12 +107,12 @@ def test_actions_come_from_the_policy_at_each_step(generator):
         seen.append(observations.clone())
         return observations[:, 1:] / 10
 
-    rows = imagine(CountingDynamics(), policy, starts(4), 3, [0], generator)
+    rows, _ = imagine(CountingDynamics(), policy, starts(4), 3, [0], generator)
     assert (th.cat(seen) == rows.observations).all()
     th.testing.assert_close(rows.actions[:, 0], rows.observations[:, 1] / 10)
 
 
 def test_the_real_dynamics_imagines_without_gradients(generator):
     dynamics = make_dynamics(generator)
-    rows = imagine(dynamics, no_action, th.randn(10, 2), 3, [0, 2], generator)
+    rows, _ = imagine(dynamics, no_action, th.randn(10, 2), 3, [0, 2], generator)
     assert rows.n_rows == 30 and not any(field.requires_grad for field in rows)
