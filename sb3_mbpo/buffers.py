@@ -183,6 +183,20 @@ class ImaginedBuffer:
         ages = th.arange(min(n_rows, self._size), 0, -1, device=self._rows.device)
         return self._unpack(self._rows[(self._pos - ages) % self.capacity])
 
+    def ring(self) -> tuple[np.ndarray, int]:
+        """The filled slots as they lie, (rows, columns), and the slot of the next row: for :meth:`set_ring`."""
+        return self._rows[: self._size].cpu().numpy(), self._pos
+
+    def set_ring(self, capacity: int, rows: np.ndarray, pos: int) -> None:
+        """
+        :param capacity: rows from now on
+        :param rows: (rows, columns), at most ``capacity``
+        :param pos: slot of the next row
+        """
+        self.capacity, self._size, self._pos = capacity, len(rows), pos
+        self._rows = self._rows.new_empty(capacity if len(rows) else 0, self._rows.shape[1])
+        self._rows[: len(rows)] = th.as_tensor(rows)
+
     def resize(self, capacity: int) -> None:
         """Keeps the newest rows. :param capacity: rows from now on"""
         if capacity == self.capacity:

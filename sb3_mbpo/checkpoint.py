@@ -1,104 +1,164 @@
-"""Everything that resuming needs, in one list: what ``model.save`` holds, and the four things that it leaves out."""
+"""
+Checkpoints: saved, found again and loaded.
+
+A folder holds the checkpoints of one run. Each is a small JSON file that names its blobs; the blobs lie in ``blobs`` and
+are shared, so a new checkpoint writes only what is new. JSON and plain numbers: reading them runs no code. The one exception
+is the blob with the model, a zip file as SB3's ``save`` writes it, which follows SB3's own rules.
+"""
 
 import os
-import random
-import shutil
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
 
 from sb3_mbpo.mbpo import MBPO
-from sb3_mbpo.type_aliases import Transitions
+from sb3_mbpo.run_state import blob_names, collect, episodes_begin, restore
+from sb3_mbpo.storage import BlobStore, DamagedFileError, read_json, write_json
 
-MODEL = "model.zip"  # policy, dynamics, their optimizers, counters, elites
-REPLAY_BUFFER = "replay_buffer.pkl"  # the real transitions
-IMAGINED = "imagined.pt"  # the imagined ones
-VEC_NORMALIZE = "vec_normalize.pkl"  # the running statistics, if there are any
-RANDOM = "random.pt"  # the state of every random stream
+SomeMBPO = TypeVar("SomeMBPO", bound=MBPO)
 
 
-def save_checkpoint(model: MBPO, folder: str | Path) -> None:
+def save_checkpoint(model: MBPO, folder: str | Path, keep: int = 2) -> Path:
     """
-    Saves all that :func:`load_checkpoint` needs. The folder appears whole or not at all; an older one is replaced.
+    Adds a checkpoint to the folder. It is written beside the others and renamed when it is whole, so at any moment the
+    folder holds the newest whole one.
 
-    :param model: between two calls of ``learn``, or at the end of a rollout in a callback
-    :param folder: to write
+    :param model: between two calls of ``learn``, or in a callback's ``on_rollout_start``; elsewhere some of the last step's
+        work would be done twice or not at all
+    :param folder: of this run alone; one process writes to it at a time
+    :param keep: checkpoints that stay, this one included; older ones are deleted
+    :return: the checkpoint's JSON file
+    :raises ValueError: when the replay buffer holds Python objects (``copy_info_dict`` of ``HerReplayBuffer``)
+    :raises OSError: when it cannot be written, for example because the disk is full; the others are still whole
     """
-    folder = Path(folder)
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save(partial / MODEL)
-    model.save_replay_buffer(partial / REPLAY_BUFFER)
-    if model.imagined_buffer is not None:
-        th.save(tuple(model.imagined_buffer.newest(len(model.imagined_buffer))), partial / IMAGINED)
-    vec_normalize = model.get_vec_normalize_env()
-    if vec_normalize is not None:
-        vec_normalize.save(str(partial / VEC_NORMALIZE))
-    th.save(_random_state(model), partial / RANDOM)
+    if keep < 1:
+        raise ValueError(f"`keep` must be at least 1, this checkpoint, but got {keep}.")
+    folder, existing = Path(folder), checkpoints(folder)
+    number = 1 + (int(existing[0].name.split("_")[0]) if existing else 0)
+    path = folder / f"{number:06d}_{model.num_timesteps}_steps.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    store = _blobs(folder)
+    try:
+        content = collect(model, store)
+        store.sync()
+        write_json(path, content)
+    except OSError as error:
+        _delete_old(folder, keep)
+        raise OSError(
+            error.errno, f"{error.strerror}: no checkpoint was written, the earlier ones are whole", str(path)
+        ) from error
+    store.sync()
+    _delete_old(folder, keep)
+    return path
 
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
-
-def load_checkpoint(folder: str | Path, env: GymEnv, **kwargs: Any) -> MBPO:
+def load_checkpoint(
+    folder: str | Path,
+    env: GymEnv,
+    algorithm: type[SomeMBPO] = MBPO,  # type: ignore[assignment]
+    **kwargs: Any,
+) -> SomeMBPO:
     """
-    A model that goes on with ``learn(steps, reset_num_timesteps=False)`` as if it had never stopped. The environment
-    starts a new episode: at the end of an episode, and with an environment that starts the same, the same bits follow.
-    (``VecNormalize`` counts the observation of that reset twice.)
+    The newest whole checkpoint: a model that goes on with ``learn(steps, reset_num_timesteps=False)``.
 
-    Like SB3's own files, a checkpoint holds pickles: load only those you trust.
+    If it was saved when all environments had just begun an episode, what follows has the same bits as if it had never
+    stopped, provided that the environments draw from nothing but Gymnasium's ``np_random``, and only when they are reset.
+    Elsewhere the environments begin a new episode.
 
     :param folder: written by :func:`save_checkpoint`
-    :param env: the environment; its ``VecNormalize``, if it has one, gets the saved statistics
+    :param env: the environment, made as it was; its ``VecNormalize``, if it has one, gets the saved settings and statistics
+    :param algorithm: the class of the model that was saved, if it is one of your own
     :param kwargs: attributes to change, as for ``MBPO.load``
-    :raises ValueError: when there is no checkpoint, or only one of model and ``env`` has a ``VecNormalize``
+    :raises ValueError: when there is no whole checkpoint, or only one of model and ``env`` has a ``VecNormalize``
+    :warns UserWarning: names each checkpoint that was skipped because it is damaged, and the one that was loaded
     """
-    folder = Path(folder)
-    if not (folder / MODEL).exists():
-        raise ValueError(f"Expected a folder with {MODEL} in it, but got {folder}: write it with `save_checkpoint`.")
-    model = MBPO.load(folder / MODEL, env=env, **kwargs)
-    vec_normalize = unwrap_vec_normalize(model.get_env())  # type: ignore[arg-type]
-    if (vec_normalize is not None) != (folder / VEC_NORMALIZE).exists():
-        raise ValueError(
-            f"The checkpoint was saved {'with' if vec_normalize is None else 'without'} `VecNormalize`, but `env` is "
-            f"{'not ' if vec_normalize is None else ''}wrapped in it: pass the environment wrapped as it was."
-        )
-    if vec_normalize is not None:
-        saved = VecNormalize.load(str(folder / VEC_NORMALIZE), vec_normalize.venv)
-        vec_normalize.__dict__.update(saved.__dict__)
-    model.load_replay_buffer(folder / REPLAY_BUFFER)
-    if model.imagined_buffer is not None:
-        rows = Transitions(*th.load(folder / IMAGINED, map_location=model.device, weights_only=True))
-        model.imagined_buffer.add(rows)
-    _set_random_state(model, th.load(folder / RANDOM, weights_only=True))
-    return model
+    skipped: list[str] = []
+    for path in checkpoints(folder):
+        try:
+            model = restore(read_json(path), _blobs(Path(folder)), env, algorithm, kwargs)
+        except DamagedFileError as error:
+            skipped.append(f"skipped {path.name} ({error})")
+            continue
+        message = f"Resuming from {path} at {model.num_timesteps} steps."
+        if skipped:
+            warnings.warn(f"{message} {'; '.join(skipped)}.")
+        elif model.verbose >= 1:
+            print(message)
+        return model
+    found = f"all are damaged: {'; '.join(skipped)}" if skipped else "there is none"
+    raise ValueError(f"Expected a folder with a checkpoint, but in {folder} {found}. `save_checkpoint` writes them.")
 
 
-def _random_state(model: MBPO) -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state()
-    return {
-        "model": model._generator.get_state(),
-        "torch": th.get_rng_state(),
-        "cuda": th.cuda.get_rng_state_all() if th.cuda.is_available() else [],
-        "numpy": [name, th.as_tensor(np.asarray(keys, dtype=np.int64)), *rest],
-        "python": list(random.getstate()),
-    }
+def checkpoints(folder: str | Path) -> list[Path]:
+    """:return: the JSON files of the checkpoints in the folder, newest first, whole or damaged"""
+    return sorted(Path(folder).glob("[0-9]*_steps.json"), key=lambda path: path.name, reverse=True)
 
 
-def _set_random_state(model: MBPO, state: dict[str, Any]) -> None:
-    model._generator.set_state(state["model"])
-    th.set_rng_state(state["torch"])
-    if state["cuda"]:
-        th.cuda.set_rng_state_all(state["cuda"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
+class CheckpointCallback(BaseCallback):
+    """
+    Saves a checkpoint when the environment steps pass a multiple of ``save_freq``, before the next step is made, and at
+    the end of ``learn``.
+
+    :param save_freq: environment steps, of all environments together
+    :param folder: see :func:`save_checkpoint`
+    :param keep: checkpoints that stay
+    :param at_episode_end: wait until all environments begin a new episode (and ``train_freq`` steps are complete), so that
+        resuming gives the same bits. With episodes that never end together this never comes
+    :param verbose: 1 tells of each checkpoint
+    """
+
+    model: MBPO
+
+    def __init__(
+        self, save_freq: int, folder: str | Path, keep: int = 2, at_episode_end: bool = False, verbose: int = 0
+    ) -> None:
+        super().__init__(verbose)
+        if save_freq < 1:
+            raise ValueError(f"`save_freq` must be at least 1 environment step, but got {save_freq}.")
+        self.save_freq = save_freq
+        self.folder = folder
+        self.keep = keep
+        self.at_episode_end = at_episode_end
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        last, now = self.model.last_checkpoint_timestep, self.model.num_timesteps
+        if now // self.save_freq > last // self.save_freq and (not self.at_episode_end or episodes_begin(self.model)):
+            self._save()
+            if self.model.use_sde:  # SB3 has just drawn the noise of this rollout, and will draw again when it resumes
+                self.model.actor.reset_noise(self.model.n_envs)
+
+    def _on_training_end(self) -> None:
+        if self.model.num_timesteps > self.model.last_checkpoint_timestep:
+            self._save()
+
+    def _save(self) -> None:
+        self.model.last_checkpoint_timestep = self.model.num_timesteps
+        path = save_checkpoint(self.model, self.folder, self.keep)
+        if self.verbose >= 1:
+            print(f"Saved the checkpoint {path}")
+
+
+def _blobs(folder: Path) -> BlobStore:
+    return BlobStore(folder / "blobs")
+
+
+def _delete_old(folder: Path, keep: int) -> None:
+    """The older checkpoints, and every blob that no other one needs."""
+    kept, needed = checkpoints(folder)[:keep], set()
+    for path in checkpoints(folder):
+        if path not in kept:
+            os.remove(path)
+    for path in kept:
+        try:
+            needed |= blob_names(read_json(path))
+        except DamagedFileError:
+            continue
+    for path in folder.glob("*.partial"):
+        path.unlink()
+    _blobs(folder).keep_only(needed)

@@ -12,12 +12,13 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py")}
 #: Data flows down this list. A room may import from those below it, never from its own line or above.
 FLOORS = [
     {"__init__", "checkpoint"},
+    {"run_state"},
     {"mbpo"},
-    {"callback"},
+    {"callback", "resumable"},
     {"fit", "imagination", "buffers", "update"},
     {"dynamics", "observations"},
     {"ensemble", "scaler", "tasks"},
-    {"schedules"},
+    {"schedules", "storage", "streams"},
     {"type_aliases"},
 ]
 #: One iteration, from file to file: no more than these seven need to be opened.

@@ -1,82 +1,398 @@
+import json
 import random
 
 import numpy as np
 import pytest
 import torch as th
 from conftest import LineEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from gymnasium import spaces
+from stable_baselines3 import SAC
+from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from test_mbpo import identical, make
+from torch.utils._pytree import tree_leaves
 
-from sb3_mbpo.checkpoint import load_checkpoint, save_checkpoint
+from sb3_mbpo import MBPO
+from sb3_mbpo.checkpoint import CheckpointCallback, checkpoints, load_checkpoint, save_checkpoint
+from sb3_mbpo.run_state import blob_names, restore
+from sb3_mbpo.storage import BLOB_BYTES, BlobStore, DamagedFileError, read_json, write_json
+
+GOAL_KEYS = ("observation", "achieved_goal", "desired_goal")
 
 
-class SameStart(LineEnv):
-    """Starts where it always does, and stays within bounds: episodes of 20 steps."""
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.x = np.full(1, 0.5)
-        return self._observation(), {}
+class WithinBounds(LineEnv):
+    """Random starts; it never ends before 20 steps, so several environments end together."""
 
     def step(self, action):
         self.x = np.clip(self.x, -2.0, 2.0)
         return super().step(action)
 
 
-def plain():
-    return DummyVecEnv([SameStart])
+class DrawsInSteps(WithinBounds):
+    def step(self, action):
+        self.np_random.random()
+        return super().step(action)
 
 
-def normalized():
-    return VecNormalize(plain())
+class GoalLine(WithinBounds):
+    """The goal is anywhere on the line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = spaces.Dict(dict.fromkeys(GOAL_KEYS, self.observation_space))
+
+    def _observation(self):
+        return dict(zip(GOAL_KEYS, (self.x.copy(), self.x.copy(), np.ones(1)), strict=True))
+
+    def compute_reward(self, achieved, desired, info):
+        return -np.abs(achieved - desired)[..., 0]
 
 
-def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(tmp_path):
-    never_stopped = make(plain(), rollout_retain_steps=40).learn(140)
-    stopped = make(plain(), rollout_retain_steps=40).learn(80)  # four whole episodes; the ring has wrapped
-    assert stopped.imagined_buffer._pos not in (0, len(stopped.imagined_buffer))
-    save_checkpoint(stopped, tmp_path / "point")
+def line(n_envs: int = 1, env=WithinBounds, **kwargs):
+    return DummyVecEnv([lambda: env(**kwargs)] * n_envs)
+
+
+def never_ends(obs, action, next_obs):
+    return np.zeros(len(obs), dtype=bool)
+
+
+def all_equal(first: MBPO, second: MBPO) -> bool:
+    """Every number that learning goes by, the streams included."""
+    numbers = []
+    for model in (first, second):
+        buffer, imagined = model.replay_buffer, model.imagined_buffer
+        leaves = tree_leaves(model.get_parameters())
+        arrays = tree_leaves([buffer.observations, buffer.actions, buffer.rewards, buffer.dones, buffer.timeouts])
+        arrays = [array[: buffer.size()] for array in arrays]
+        vec_normalize = model.get_vec_normalize_env()
+        if vec_normalize is not None:
+            arrays += [vec_normalize.obs_rms.mean, vec_normalize.obs_rms.var, np.array(vec_normalize.ret_rms.var)]
+        leaves += [th.as_tensor(array) for array in arrays]
+        leaves += [] if imagined is None else imagined.newest(imagined.capacity)
+        numbers.append([*leaves, model._n_updates, model._episode_num, model._generator.get_state()])
+    return all(
+        bool((a == b).all()) if isinstance(a, th.Tensor) else a == b for a, b in zip(numbers[0], numbers[1], strict=True)
+    )
+
+
+def forget_the_streams():
     th.manual_seed(99)
     np.random.seed(99)
     random.seed(99)
-    resumed = load_checkpoint(tmp_path / "point", plain())
-    assert identical(resumed, stopped) and not identical(resumed, never_stopped)
-    resumed.learn(60, reset_num_timesteps=False)
-    assert identical(resumed, never_stopped)
-    assert resumed.num_timesteps == 140 and resumed._n_updates == never_stopped._n_updates
-    for name in ("ensemble", "input_scaler", "target_scaler", "termination_head"):
-        ours, theirs = getattr(resumed.dynamics, name).state_dict(), getattr(never_stopped.dynamics, name).state_dict()
-        assert all((ours[key] == theirs[key]).all() for key in ours)
-    assert resumed.fit_result.holdout_mse == never_stopped.fit_result.holdout_mse
-    assert (resumed.imagined_buffer.newest(10**6)[0] == never_stopped.imagined_buffer.newest(10**6)[0]).all()
 
 
-def test_the_statistics_of_vec_normalize_come_back_and_resuming_repeats_itself(tmp_path):
-    stopped = make(normalized()).learn(80)
-    save_checkpoint(stopped, tmp_path / "point")
-    model = load_checkpoint(tmp_path / "point", normalized())
-    ours, saved = model.get_vec_normalize_env(), stopped.get_vec_normalize_env()
-    assert ours is model.env and (ours.obs_rms.mean == saved.obs_rms.mean).all()
-    assert (ours.obs_rms.count, ours.ret_rms.var) == (saved.obs_rms.count, saved.ret_rms.var)
-    first, second = (load_checkpoint(tmp_path / "point", normalized()).learn(40, reset_num_timesteps=False) for _ in range(2))
-    assert identical(first, second) and not identical(first, stopped)
+# ---------------------------------------------------------------- the same bits
 
 
-def test_a_newer_checkpoint_replaces_an_older_one(tmp_path):
-    model = make(plain()).learn(60)
-    save_checkpoint(model, tmp_path / "point")
+RUNS = {
+    "plain": (line, {}),
+    "one environment by itself": (LineEnv, {}),
+    "normalized": (lambda: VecNormalize(line()), {}),
+    "reward not normalized": (lambda: VecNormalize(line(), norm_reward=False, clip_obs=2.0), {}),
+    "two environments": (lambda: VecNormalize(line(2)), dict(train_freq=2)),
+    "subprocesses": (lambda: SubprocVecEnv([WithinBounds] * 2, start_method="fork"), {}),
+    "dict": (lambda: line(dict_observation=True), dict(policy="MultiInputPolicy")),
+    "gSDE": (line, dict(use_sde=True, sde_sample_freq=4)),
+    "n-step": (line, dict(n_steps=3)),
+    "noise": (line, dict(action_noise=OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1)))),
+    "schedules": (line, dict(learning_rate=lambda progress: 1e-3 * progress, rollout_length=(60, 120, 1, 4))),
+    "full buffer": (line, dict(buffer_size=50)),
+    "lean buffer": (
+        line,
+        dict(
+            optimize_memory_usage=True,
+            replay_buffer_kwargs=dict(handle_timeout_termination=False),
+            termination_fn=never_ends,
+            buffer_size=90,
+        ),
+    ),
+    "episodes": (line, dict(train_freq=(1, "episode"), gradient_steps=-1)),
+    "idle": (line, dict(real_ratio=1.0)),
+}
+
+
+def load(path, env, **kwargs) -> MBPO:
+    """This checkpoint, not the newest."""
+    return restore(read_json(path), BlobStore(path.parent / "blobs"), env, MBPO, kwargs)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(name, tmp_path):
+    make_env, kwargs = RUNS[name]
+    never_stopped = make(make_env(), **kwargs).learn(130, CheckpointCallback(20, tmp_path, keep=99, at_episode_end=True))
+    saved = sorted(checkpoints(tmp_path))
+    assert len(saved) >= 4 and (name == "idle" or len(never_stopped.imagined_buffer) > 0)
+    if name != "gSDE":  # there, each checkpoint draws new noise
+        assert all_equal(make(make_env(), **kwargs).learn(130), never_stopped)  # saving changes nothing
+    for path in (saved[0], saved[-2]):  # in the warm-up, and after some fits
+        forget_the_streams()
+        resumed = load(path, make_env())
+        assert f"_{resumed.num_timesteps}_steps" in path.name and not all_equal(resumed, never_stopped)
+        saving = CheckpointCallback(20, tmp_path / "resumed", at_episode_end=True)
+        resumed.learn(130 - resumed.num_timesteps, saving, reset_num_timesteps=False)
+        assert all_equal(resumed, never_stopped)
+
+
+def test_between_two_calls_of_learn_the_bits_go_on_too(tmp_path):
+    never_stopped = make(line(), use_sde=True).learn(80)
+    save_checkpoint(never_stopped, tmp_path)
+    never_stopped.learn(60, reset_num_timesteps=False)
+    forget_the_streams()
+    resumed = load_checkpoint(tmp_path, line()).learn(60, reset_num_timesteps=False)
+    assert all_equal(resumed, never_stopped)
+
+
+def test_with_her_the_bits_go_on_too(tmp_path):
+    kwargs = dict(policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer)
+    never_stopped = make(GoalLine(), **kwargs).learn(130, CheckpointCallback(20, tmp_path, keep=99, at_episode_end=True))
+    resumed = load(sorted(checkpoints(tmp_path))[2], GoalLine())
+    assert 60 <= resumed.num_timesteps < 130
+    assert all_equal(resumed.learn(130 - resumed.num_timesteps, reset_num_timesteps=False), never_stopped)
+    make(GoalLine(), **kwargs).learn(50, CheckpointCallback(33, tmp_path / "anywhere"))
+    load_checkpoint(tmp_path / "anywhere", GoalLine()).learn(50, reset_num_timesteps=False)
+
+
+# ---------------------------------------------------------------- elsewhere
+
+
+def test_in_the_middle_of_an_episode_nothing_is_lost_and_a_new_one_begins(tmp_path):
+    stopped = make(VecNormalize(line())).learn(75)
+    save_checkpoint(stopped, tmp_path)
+    resumed = load_checkpoint(tmp_path, VecNormalize(line()))
+    assert identical(resumed, stopped) and resumed.num_timesteps == resumed.replay_buffer.size() == 75
+    assert (resumed.replay_buffer.observations == stopped.replay_buffer.observations).all()
+    ours, saved = resumed.get_vec_normalize_env(), stopped.get_vec_normalize_env()
+    assert (ours.obs_rms.mean, ours.obs_rms.var, ours.obs_rms.count) == (
+        saved.obs_rms.mean,
+        saved.obs_rms.var,
+        saved.obs_rms.count,
+    )
+    assert (ours.ret_rms.var, ours.training) == (saved.ret_rms.var, True)
+    th.testing.assert_close(th.as_tensor(resumed._last_obs), th.as_tensor(ours.normalize_obs(resumed._last_original_obs)))
+    assert resumed.env.get_attr("steps") == [0] and stopped.env.get_attr("steps") == [15]
+    # the episode that was cut counts as one that ran out of time
+    assert resumed.replay_buffer.dones[74] == resumed.replay_buffer.timeouts[74] == 1
+    first, second = (load_checkpoint(tmp_path, VecNormalize(line())).learn(40, reset_num_timesteps=False) for _ in range(2))
+    assert all_equal(first, second)
+
+
+def test_an_environment_that_draws_in_its_steps_begins_a_new_episode(tmp_path):
+    stopped = make(line(env=DrawsInSteps)).learn(80)
+    save_checkpoint(stopped, tmp_path)
+    assert not (load_checkpoint(tmp_path, line(env=DrawsInSteps))._last_obs == stopped._last_obs).all()
+    resumed = [load_checkpoint(tmp_path, line(env=DrawsInSteps)).learn(40, reset_num_timesteps=False) for _ in range(2)]
+    assert all_equal(*resumed)
+
+
+def test_n_step_returns_do_not_reach_across_the_seam(tmp_path):
+    stopped = make(line(), n_steps=3, real_ratio=1.0).learn(50)
+    save_checkpoint(stopped, tmp_path)
+    resumed = load_checkpoint(tmp_path, line()).learn(30, reset_num_timesteps=False)
+    buffer = resumed.replay_buffer
+    sample = buffer._get_samples(np.array([48, 49]))
+    rewards = buffer.rewards[48:50, 0]
+    assert sample.rewards[:, 0].tolist() == pytest.approx([rewards[0] + 0.99 * rewards[1], rewards[1]])
+    assert sample.next_observations[:, 0].tolist() == pytest.approx([buffer.next_observations[49, 0, 0]] * 2)
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_the_newest_checkpoints_stay_and_blobs_that_nobody_needs_go(tmp_path):
+    model = make(line())
+    model.learn(130, CheckpointCallback(20, tmp_path, keep=3))
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "000007_130_steps.json",
+        "000006_120_steps.json",
+        "000005_100_steps.json",
+    ]
+    needed = set().union(*(blob_names(read_json(path)) for path in checkpoints(tmp_path)))
+    assert {path.name for path in (tmp_path / "blobs").iterdir()} == needed
+    (tmp_path / "000008_140_steps.json.partial").write_text("{")  # a process was killed here
+    (tmp_path / "blobs" / "file.partial").write_text("PK")
+    save_checkpoint(model, tmp_path, keep=1)
+    assert [path.name for path in tmp_path.glob("*.*")] == ["000008_130_steps.json"]
+    assert {path.name for path in (tmp_path / "blobs").iterdir()} == blob_names(read_json(checkpoints(tmp_path)[0]))
+
+
+def test_a_checkpoint_writes_only_what_is_new(tmp_path):
+    model = make(line(), buffer_size=500_000)
+    model.learn(60)
+    buffer = model.replay_buffer
+    buffer.pos = 400_000  # as if it had collected them
+    buffer.observations[:400_000] = np.random.default_rng(0).normal(size=(400_000, 1, 1))
+    save_checkpoint(model, tmp_path, keep=2)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "blobs").iterdir()}
+    assert sum(path.stat().st_size for path in before) > 400_000 * 8
+    buffer.observations[400_000:400_100] = 1.0
+    buffer.pos += 100
+    save_checkpoint(model, tmp_path, keep=2)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "blobs").iterdir()}
+    models = {read_json(path)["model"] for path in checkpoints(tmp_path)}
+    assert all(after[path] == time for path, time in before.items() if path.name not in models)
+    new = [path.stat().st_size for path in after if path not in before]
+    assert len(new) <= 2 + len(("observations", "next_observations", "actions", "rewards", "dones", "timeouts"))
+    assert max(new) <= max(BLOB_BYTES, (tmp_path / "blobs" / read_json(checkpoints(tmp_path)[0])["model"]).stat().st_size)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("harm", [flip_a_bit, truncate, lambda path: path.unlink()], ids=["bit", "truncated", "gone"])
+@pytest.mark.parametrize("part", ["list", "model", "array"])
+def test_a_damaged_checkpoint_is_skipped_and_named(part, harm, tmp_path):
+    model = make(line())
+    model.learn(60)
+    older = save_checkpoint(model, tmp_path)
     model.learn(20, reset_num_timesteps=False)
-    save_checkpoint(model, tmp_path / "point")
-    assert load_checkpoint(tmp_path / "point", plain()).num_timesteps == 80
-    assert [path.name for path in tmp_path.iterdir()] == ["point"]
+    newer = save_checkpoint(model, tmp_path)
+    content, store = read_json(newer), tmp_path / "blobs"
+    array = content["replay_buffer"]["arrays"]["observations"]["blobs"][0]
+    victim = {"list": newer, "model": store / content["model"], "array": store / array}[part]
+    harm(victim)
+    if part == "list" and not newer.exists():
+        assert load_checkpoint(tmp_path, line()).num_timesteps == 60  # nobody can know that there was one
+    else:
+        with pytest.warns(
+            UserWarning, match=rf"Resuming from .*{older.name} at 60 steps. skipped {newer.name} .*{victim.name}"
+        ):
+            assert load_checkpoint(tmp_path, line()).num_timesteps == 60
+    # the next checkpoint is whole again, whatever lies there
+    model.learn(20, reset_num_timesteps=False)
+    save_checkpoint(model, tmp_path)
+    assert load_checkpoint(tmp_path, line()).num_timesteps == 100
+
+
+def test_when_all_are_damaged_it_says_so_and_starts_nothing(tmp_path):
+    path = save_checkpoint(make(line()).learn(60), tmp_path)
+    flip_a_bit(path)
+    with pytest.raises(ValueError, match=f"all are damaged: skipped {path.name}"):
+        load_checkpoint(tmp_path, line())
+
+
+def test_it_says_which_one_it_resumes_from(tmp_path, capsys):
+    save_checkpoint(make(line(), verbose=1).learn(60), tmp_path)
+    load_checkpoint(tmp_path, line())
+    assert "000001_60_steps.json at 60 steps." in capsys.readouterr().out
+
+
+def test_reading_the_lists_and_arrays_runs_no_code(tmp_path):
+    store = BlobStore(tmp_path)
+    with pytest.raises(ValueError, match="one of Python objects"):
+        store.put_array(np.array([{}, print]))
+    entry = store.put_array(np.arange(10.0))
+    with pytest.raises(ValueError, match="OBJECT"):
+        store.read_array(entry | {"dtype": "|O"})
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.uint8, np.int64, bool])
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (7, 2, 3), (BLOB_BYTES // 4 + 1, 5)])
+def test_arrays_come_back_as_they_were(dtype, shape, tmp_path):
+    store = BlobStore(tmp_path)
+    array = np.random.default_rng(0).integers(0, 2, (shape[0], 2, *shape[1:])).astype(dtype)[:, 1]  # not contiguous
+    entry = json.loads(json.dumps(store.put_array(array)))
+    assert (store.read_array(entry) == array).all() and store.read_array(entry).dtype == dtype
+    target = np.zeros((shape[0] + 3, *shape[1:]), dtype)
+    store.read_array(entry, target)
+    assert (target[: shape[0]] == array).all() and not target[shape[0] :].any()
+
+
+def test_a_json_file_that_was_changed_is_damaged(tmp_path):
+    write_json(tmp_path / "a.json", {"steps": 100, "nested": [1.5, None]})
+    assert read_json(tmp_path / "a.json") == {"steps": 100, "nested": [1.5, None]}
+    text = (tmp_path / "a.json").read_text()
+    for changed in [text.replace("100", "900"), text[:-1], "[]", "{}", ""]:
+        (tmp_path / "a.json").write_text(changed)
+        with pytest.raises(DamagedFileError):
+            read_json(tmp_path / "a.json")
+
+
+# ---------------------------------------------------------------- what it is called with
+
+
+def test_a_checkpoint_is_due_when_a_multiple_is_passed_and_at_the_end(tmp_path):
+    model = make(line(3), train_freq=2)
+    model.learn(50, CheckpointCallback(20, tmp_path, keep=9))
+    assert [path.name for path in sorted(checkpoints(tmp_path))] == [
+        "000001_24_steps.json",
+        "000002_42_steps.json",
+        "000003_54_steps.json",
+    ]
+    model = load_checkpoint(tmp_path, line(3))
+    model.learn(30, CheckpointCallback(20, tmp_path, keep=9), reset_num_timesteps=False)
+    assert [path.name for path in sorted(checkpoints(tmp_path))][3:] == ["000004_60_steps.json", "000005_84_steps.json"]
+    model.learn(30, CheckpointCallback(20, tmp_path, keep=1))  # from 0 again: the newest is not the one of most steps
+    assert [path.name for path in checkpoints(tmp_path)] == ["000007_30_steps.json"]
+
+
+def test_the_callback_tells_of_each_checkpoint_if_asked(tmp_path, capsys):
+    make(line()).learn(25, CheckpointCallback(20, tmp_path, verbose=1))
+    assert capsys.readouterr().out.count("Saved the checkpoint") == 2
 
 
 def test_what_does_not_fit_is_explained(tmp_path):
-    with pytest.raises(ValueError, match="Expected a folder with model"):
-        load_checkpoint(tmp_path, plain())
-    save_checkpoint(make(plain()).learn(45), tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"Expected a folder with a checkpoint, but in .* there is none"):
+        load_checkpoint(tmp_path, line())
+    save_checkpoint(make(line()).learn(45), tmp_path / "plain")
     with pytest.raises(ValueError, match="was saved without `VecNormalize`, but `env` is wrapped in it"):
-        load_checkpoint(tmp_path / "plain", normalized())
-    save_checkpoint(make(normalized()).learn(45), tmp_path / "normalized")
+        load_checkpoint(tmp_path / "plain", VecNormalize(line()))
+    with pytest.raises(ValueError, match="has 1000000 slots for 1 environments, but the model's has 500000 for 2"):
+        load_checkpoint(tmp_path / "plain", line(2))
+    save_checkpoint(make(VecNormalize(line())).learn(45), tmp_path / "normalized")
     with pytest.raises(ValueError, match="was saved with `VecNormalize`, but `env` is not wrapped in it"):
-        load_checkpoint(tmp_path / "normalized", plain())
+        load_checkpoint(tmp_path / "normalized", line())
+    with pytest.raises(ValueError, match="`keep` must be at least 1"):
+        save_checkpoint(make(line()), tmp_path, keep=0)
+    with pytest.raises(ValueError, match="`save_freq` must be at least 1"):
+        CheckpointCallback(0, tmp_path)
+    path = save_checkpoint(make(line()).learn(45), tmp_path / "plain")
+    write_json(path, read_json(path) | {"format": 99})
+    with pytest.raises(ValueError, match="has format 99, but this version of sb3_mbpo reads 1"):
+        load_checkpoint(tmp_path / "plain", line())
+
+
+def test_an_own_subclass_comes_back_as_what_it_was(tmp_path):
+    class Own(MBPO):
+        pass
+
+    save_checkpoint(Own("MlpPolicy", line(), learning_starts=10).learn(12), tmp_path)
+    assert type(load_checkpoint(tmp_path, line(), Own)) is Own
+
+
+# ---------------------------------------------------------------- SB3's own zip file
+
+
+def test_the_zip_file_goes_on_with_the_random_stream(tmp_path):
+    model = make().learn(80)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    rounds = []
+    for _ in range(2):
+        loaded = MBPO.load(tmp_path / "model", env=LineEnv())
+        loaded.load_replay_buffer(tmp_path / "buffer")
+        assert (loaded._generator.get_state() == model._generator.get_state()).all()
+        th.manual_seed(0)
+        rounds.append(loaded.imagined_buffer.newest(loaded.imagine()))
+    assert all((first == second).all() for first, second in zip(*rounds, strict=True))
+
+
+def test_a_file_of_another_algorithm_is_explained(tmp_path):
+    make().learn(60).save(tmp_path / "mbpo")
+    sac = SAC("MlpPolicy", LineEnv(), seed=1, device="cpu")
+    sac.save(tmp_path / "sac")
+    with pytest.raises(TypeError, match=r"This file was saved by MBPO: load it with `MBPO.load`"):
+        SAC.load(tmp_path / "mbpo")
+    with pytest.raises(ValueError, match=r"does not hold what MBPO needs.*If SAC saved it, load it with `SAC.load`"):
+        MBPO.load(tmp_path / "sac")
+    model = make(seed=2)
+    model.set_parameters(sac.get_parameters(), exact_match=False)  # what the message advises
+    assert identical(model, sac)
+    model.learn(60)
