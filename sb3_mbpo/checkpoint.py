@@ -48,9 +48,8 @@ def save_checkpoint(model: MBPO, folder: str | Path, keep: int = 2) -> Path:
     except OSError as error:
         _delete_old(folder, keep)
         raise OSError(
-            error.errno, f"{error.strerror}: no checkpoint was written, the earlier ones are whole", str(path)
+            error.errno, f"{error.strerror}: the checkpoint was not written, the earlier ones are whole", str(path)
         ) from error
-    store.sync()
     _delete_old(folder, keep)
     return path
 
@@ -66,7 +65,8 @@ def load_checkpoint(
 
     If it was saved when all environments had just begun an episode, what follows has the same bits as if it had never
     stopped, provided that the environments draw from nothing but Gymnasium's ``np_random``, and only when they are reset.
-    Elsewhere the environments begin a new episode.
+    Elsewhere the environments begin a new episode. The streams of Python, NumPy and PyTorch are set, too: draw nothing
+    from them before you call ``learn``.
 
     :param folder: written by :func:`save_checkpoint`
     :param env: the environment, made as it was; its ``VecNormalize``, if it has one, gets the saved settings and statistics

@@ -26,6 +26,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes beside ``path``, syncs, renames. :param content: what JSON can hold"""
     body = json.dumps(content, sort_keys=True)
     _replace(path, json.dumps({"sha256": _digest(body.encode()), "content": content}, sort_keys=True).encode())
+    _sync(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def campaign(folder: Path, kills: int, steps: int, seed: int) -> dict[str, Any]:
     lives = 0
     while sum(phases.values()) < kills:
         process, lives = killed.start(steps), lives + 1
-        moment, target = chance.expovariate(1 / 2.0), chance.choice([*PHASES, None])
+        moment, target = chance.expovariate(1.0), chance.choice([*PHASES, None])
         while killed.current_phase() == "start" and process.poll() is None:
             time.sleep(0.01)
         with contextlib.suppress(subprocess.TimeoutExpired):

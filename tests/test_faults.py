@@ -1,0 +1,146 @@
+"""Whatever breaks, it ends in a clear error, and the last checkpoint is whole."""
+
+import errno
+import os
+import shutil
+import subprocess
+
+import fault_campaign
+import numpy as np
+import pytest
+from conftest import LineEnv
+from test_checkpoint import WithinBounds, all_equal, line
+from test_mbpo import make
+
+from sb3_mbpo.checkpoint import CheckpointCallback, checkpoints, load_checkpoint, save_checkpoint
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_been_left_alone(tmp_path):
+    seen = fault_campaign.campaign(tmp_path, kills=2, steps=300, seed=1)
+    assert seen["kills"] == 2 and seen["end"]["steps"] == seen["end"]["transitions"] == 300
+
+
+class Stop(BaseException):
+    """A kill that a test survives: nothing in the package catches it."""
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.parametrize("error", [Stop(), OSError(errno.ENOSPC, "No space left on device")], ids=["killed", "full"])
+def test_at_every_write_of_a_checkpoint_a_whole_one_is_there(call, error, tmp_path, monkeypatch):
+    model = make(line(), buffer_size=200).learn(60)
+    save_checkpoint(model, tmp_path / "before", keep=1)
+    model.learn(20, reset_num_timesteps=False)
+    original, steps, broken = getattr(os, call), [], True
+    while broken:
+        folder, calls = tmp_path / str(len(steps)), []
+        shutil.copytree(tmp_path / "before", folder)
+
+        def break_down(*args, calls=calls):
+            calls.append(args)
+            if len(calls) == len(steps) + 1:
+                raise error
+            return original(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, break_down)
+            broken = False
+            try:
+                save_checkpoint(model, folder, keep=1)
+            except (Stop, OSError) as raised:
+                broken = True
+                assert isinstance(raised, Stop) or "No space left on device: the checkpoint" in str(raised)
+        steps.append(load_checkpoint(folder, line()).num_timesteps)
+    # some ten writes until the new one takes its place; whatever comes after does not matter any more
+    assert steps.count(60) >= 8 and steps == sorted(steps) and steps[-1] == 80
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 3 MiB."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("only root can make a small disk")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_ends_the_run_with_an_error_and_the_last_checkpoint_is_whole(small_disk):
+    model = make(line(), policy_kwargs=dict(net_arch=[64, 64]), rollout_batch_size=1500)
+    with pytest.raises(
+        OSError, match="No space left on device: the checkpoint was not written, the earlier ones are whole"
+    ) as info:
+        model.learn(2000, CheckpointCallback(20, small_disk, keep=50))
+    assert info.value.errno == errno.ENOSPC
+    newest = int(checkpoints(small_disk)[0].name.split("_")[1])
+    assert newest >= 20 and model.num_timesteps - newest == 20
+    assert load_checkpoint(small_disk, line()).num_timesteps == newest
+    subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)  # somebody tidies up
+    save_checkpoint(model, small_disk, keep=1)
+    assert load_checkpoint(small_disk, line()).num_timesteps == model.num_timesteps
+
+
+class Breaks(WithinBounds):
+    """Misbehaves in its 75th step."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.count = how, 0
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        self.count += 1
+        if self.count == 75 and self.how == "raises":
+            raise ConnectionError("the robot does not answer")
+        if self.count == 75:
+            observation, reward = (np.full(1, np.nan), reward) if self.how == "observation" else (observation, np.nan)
+        return observation, reward, terminated, truncated, info
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("raises", ConnectionError, "the robot does not answer"),
+        ("observation", ValueError, "Expected finite numbers from the environment, but its observation is"),
+        ("reward", ValueError, "Expected finite numbers from the environment, but its reward is"),
+    ],
+)
+def test_an_environment_that_breaks_leaves_the_checkpoint_whole(how, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        make(Breaks(how)).learn(200, CheckpointCallback(20, tmp_path, at_episode_end=True))
+    never_broke = make(WithinBounds()).learn(100)
+    resumed = load_checkpoint(tmp_path, WithinBounds())
+    assert resumed.num_timesteps == 60
+    assert all_equal(resumed.learn(40, reset_num_timesteps=False), never_broke)
+
+
+@pytest.mark.parametrize("which", ["termination_fn", "reward_fn"])
+def test_a_user_function_that_raises_leaves_the_checkpoint_whole(which, tmp_path):
+    calls = []
+
+    def user_function(obs, action, next_obs):
+        calls.append(len(obs))
+        if len(calls) == 4:
+            raise ZeroDivisionError("in the user's own code")
+        return np.zeros(len(obs), dtype=bool) if which == "termination_fn" else -np.abs(next_obs[:, 0])
+
+    with pytest.raises(ZeroDivisionError, match="in the user's own code"):
+        make(WithinBounds(), **{which: user_function}).learn(300, CheckpointCallback(20, tmp_path))
+    mended = (
+        (lambda obs, *_: np.zeros(len(obs), dtype=bool)) if which == "termination_fn" else (lambda obs, *_: -np.abs(obs[:, 0]))
+    )
+    resumed = load_checkpoint(tmp_path, WithinBounds(), **{which: mended})
+    assert resumed.num_timesteps >= 60
+    resumed.learn(60, reset_num_timesteps=False)
+
+
+def test_a_dynamics_that_runs_away_does_not_reach_the_policy():
+    model = make(LineEnv(), rollout_length=3).learn(60)
+    for parameter in model.dynamics.ensemble.biases[-1:]:
+        parameter.data += 1e4
+    before = model.imagined_buffer.newest(10**6).next_observations
+    assert model.imagine() == 0 and model.imagination_result.far_from_data == 64
+    assert (model.imagined_buffer.newest(10**6).next_observations == before).all()
+    for parameter in model.dynamics.ensemble.parameters():
+        parameter.data.fill_(np.nan)
+    with pytest.raises(ValueError, match="No imagined row is finite"):
+        model.imagine()
