@@ -37,7 +37,7 @@ def save_checkpoint(model: MBPO, folder: str | Path, keep: int = 2) -> Path:
     if keep < 1:
         raise ValueError(f"`keep` must be at least 1, this checkpoint, but got {keep}.")
     folder, existing = Path(folder), checkpoints(folder)
-    number = 1 + (int(existing[0].name.split("_")[0]) if existing else 0)
+    number = 1 + (_number(existing[0]) if existing else 0)
     path = folder / f"{number:06d}_{model.num_timesteps}_steps.json"
     folder.mkdir(parents=True, exist_ok=True)
     store = _blobs(folder)
@@ -94,7 +94,7 @@ def load_checkpoint(
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """:return: the JSON files of the checkpoints in the folder, newest first, whole or damaged"""
-    return sorted(Path(folder).glob("[0-9]*_steps.json"), key=lambda path: path.name, reverse=True)
+    return sorted(Path(folder).glob("[0-9]*_steps.json"), key=_number, reverse=True)
 
 
 class CheckpointCallback(BaseCallback):
@@ -142,6 +142,10 @@ class CheckpointCallback(BaseCallback):
         path = save_checkpoint(self.model, self.folder, self.keep)
         if self.verbose >= 1:
             print(f"Saved the checkpoint {path}")
+
+
+def _number(path: Path) -> int:
+    return int(path.name.split("_")[0])
 
 
 def _blobs(folder: Path) -> BlobStore:

@@ -280,6 +280,9 @@ class MBPO(ResumableSAC):
 
     def idle_reason(self) -> str | None:
         """Why this model runs as plain SAC; ``None`` when it does not."""
+        capacity = self.replay_buffer.buffer_size * self.replay_buffer.n_envs
+        if capacity < MIN_TRANSITIONS:
+            return f"the replay buffer holds {capacity} transitions, but a fit needs {MIN_TRANSITIONS}"
         if self.dynamics is not None and self.dynamics.termination_fn is None and self.optimize_memory_usage:
             return "`optimize_memory_usage` drops the observations that terminations are learned from; pass `termination_fn`"
         return self._why_not_modelled
@@ -330,8 +333,8 @@ class MBPO(ResumableSAC):
     def _modelled_dynamics(self) -> Dynamics:
         if self.dynamics is None:
             raise ValueError(f"MBPO runs as plain SAC here and has no dynamics: {self._why_not_modelled}.")
-        if self.env is None and self.termination_fn is None:
-            raise ValueError("There is no environment to read the termination rule from: call `set_env` first.")
+        if self.env is None:
+            raise ValueError("There is no environment to tell how it ends and is normalised: call `set_env` first.")
         return self.dynamics
 
     def _sample_imagined_actions(self, observations: th.Tensor) -> th.Tensor:

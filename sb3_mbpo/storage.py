@@ -118,10 +118,6 @@ class BlobStore:
             if path.name not in kept:
                 path.unlink()
 
-    def size(self) -> int:
-        """Bytes of all blobs."""
-        return sum(path.stat().st_size for path in self.folder.glob("*"))
-
     def _put_bytes(self, data: memoryview | bytes) -> str:
         name = _digest(data)
         path = self.folder / name
@@ -148,7 +144,7 @@ def _sync(path: Path) -> None:
     """A file's bytes, or a folder's names."""
     if os.name == "nt" and path.is_dir():
         return  # Windows has no such call for folders
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
