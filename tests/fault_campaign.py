@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = dict(
     dynamics_kwargs=dict(ensemble_size=3, n_elites=2, net_arch=[64, 64], weight_decay=1e-5, max_gradient_steps=100),
 )
 #: What the kills aim at, and for how many seconds it goes on, roughly.
-LONGEST: dict[str | None, float] = {"fit": 0.5, "imagination": 0.02, "update": 0.02, "checkpoint": 0.15}
+LONGEST: dict[str | None, float] = {"fit": 0.15, "imagination": 0.005, "update": 0.02, "checkpoint": 0.1}
 PHASES = list(LONGEST)
 
 

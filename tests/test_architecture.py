@@ -11,7 +11,7 @@ PACKAGE = Path(sb3_mbpo.__file__).parent
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py")}
 #: Data flows down this list. A room may import from those below it, never from its own line or above.
 FLOORS = [
-    {"__init__", "checkpoint"},
+    {"__init__", "checkpoint", "zoo"},
     {"run_state"},
     {"mbpo"},
     {"callback", "resumable"},

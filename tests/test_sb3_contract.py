@@ -502,7 +502,7 @@ def test_an_interrupted_model_goes_on(where, calls, error, monkeypatch, tmp_path
         assert check_active(each).fit_result is not fit and each.imagine() == 64
 
 
-# 27. SB3's own tests of SAC, with MBPO in its place, are not part of this file. 28. Nor is the RL Zoo.
+# 27. SB3's own tests of SAC, with MBPO in its place, are not part of this file. 28. The RL Zoo: test_zoo.
 # 29. NaN is a ValueError. From the environment: test_mbpo.test_what_is_not_finite_never_enters_a_buffer. Imagined:
 # test_imagination.test_rows_that_are_not_finite_are_dropped_and_stepped_no_more, test_when_no_row_is_finite_it_says_so.
 # 30. Types, style and documents are checked elsewhere.
