@@ -85,7 +85,7 @@ def real_observations(buffer: ReplayBuffer, layout: ObservationLayout, device: t
     :param device: of the result
     :return: every observation from which a real transition began, (batch, obs_dim), raw
     """
-    return th.as_tensor(_flat_observations(buffer.observations, np.arange(buffer.size()), layout), device=device)
+    return th.as_tensor(_flat_observations(buffer.observations, _usable(buffer)[0], layout), device=device)
 
 
 def check_finite(

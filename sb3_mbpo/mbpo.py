@@ -341,7 +341,8 @@ class MBPO(ResumableSAC):
         return sample_actions(self.actor, self._layout.policy_input(observations, self._vec_normalize_env))
 
     def _current_real_ratio(self) -> float:
-        return real_ratio_at(self._current_progress_remaining, self.real_ratio)
+        progress_remaining = max(self._current_progress_remaining, 0.0)  # SB3's last rollout may overshoot
+        return real_ratio_at(progress_remaining, self.real_ratio)
 
     def _imagined_capacity(self) -> int:
         return imagined_capacity(

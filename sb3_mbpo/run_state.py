@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
@@ -28,10 +27,9 @@ def collect(model: MBPO, store: BlobStore) -> dict[str, Any]:
     """
     :param model: any; large arrays go to ``store``
     :return: all the rest. The blob ``model`` is what ``model.save`` writes: policy, dynamics, their optimizers, scalers,
-        elites, counters and schedules
+        elites, counters, schedules and the spaces with their random streams
     """
     env = model.get_env()
-    assert isinstance(model.action_space, spaces.Box)
     return {
         "format": FORMAT,
         "model": store.put_file(lambda path: _write_model(model, path)),
@@ -200,13 +198,11 @@ def _collect_environments(model: MBPO, env: VecEnv) -> dict[str, Any]:
         "episodes_begin": begun,
         "before": model._episode_streams.previous if begun and model._episode_streams else [None] * env.num_envs,
         "now": environment_streams(env),
-        "action_space": model.action_space.np_random.bit_generator.state,  # of the random steps of the warm-up
     }
 
 
 def _restore_environments(model: MBPO, env: VecEnv, content: dict[str, Any]) -> None:
     """Resets the environments, so that ``learn`` need not."""
-    model.action_space.np_random.bit_generator.state = content["action_space"]
     if model.replay_buffer.size() > 0 and not content["episodes_begin"]:
         _end_last_episodes(model.replay_buffer)
     model._last_obs = begin_episodes(env, content["before"], content["now"])
