@@ -99,13 +99,12 @@ def _collect_buffer(buffer: ReplayBuffer, store: BlobStore) -> dict[str, Any]:
     arrays = _row_arrays(buffer)
     if isinstance(buffer, HerReplayBuffer) and not buffer.copy_info_dict:
         del arrays["infos"]  # empty
-    n_rows = min(buffer.size() + 1, buffer.buffer_size)  # `optimize_memory_usage` has one observation more than steps
     return {
         "buffer_size": buffer.buffer_size,
         "n_envs": buffer.n_envs,
         "pos": buffer.pos,
         "full": buffer.full,
-        "arrays": {name: store.put_array(array[:n_rows]) for name, array in arrays.items()},
+        "arrays": {name: store.put_array(array[: buffer.size()]) for name, array in arrays.items()},
         "current_episode_starts": buffer._current_ep_start.tolist() if isinstance(buffer, HerReplayBuffer) else None,
     }
 

@@ -53,6 +53,12 @@ def line(n_envs: int = 1, env=WithinBounds, **kwargs):
     return DummyVecEnv([lambda: env(**kwargs)] * n_envs)
 
 
+def seeded():
+    env = line()
+    env.seed(7)
+    return env
+
+
 def never_ends(obs, action, next_obs):
     return np.zeros(len(obs), dtype=bool)
 
@@ -88,6 +94,7 @@ def forget_the_streams():
 RUNS = {
     "plain": (line, {}),
     "one environment by itself": (LineEnv, {}),
+    "seeded": (seeded, {}),
     "normalized": (lambda: VecNormalize(line()), {}),
     "reward not normalized": (lambda: VecNormalize(line(), norm_reward=False, clip_obs=2.0), {}),
     "two environments": (lambda: VecNormalize(line(2)), dict(train_freq=2)),
