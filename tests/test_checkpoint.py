@@ -141,6 +141,20 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(name, tmp_path):
         assert all_equal(resumed, never_stopped)
 
 
+def test_a_run_may_be_resumed_any_number_of_times(tmp_path):
+    never_stopped = make(line()).learn(130)
+    for steps in (20, 45, 60, 75, 90, 115, 130):
+        model = load_checkpoint(tmp_path, line()) if checkpoints(tmp_path) else make(line())
+        model.learn(
+            steps - model.num_timesteps, CheckpointCallback(20, tmp_path, at_episode_end=True), reset_num_timesteps=False
+        )
+        for path in checkpoints(tmp_path):
+            if int(path.name.split("_")[1]) % 20 > 0:
+                path.unlink()  # saved at the end of `learn`, where no episode began
+        forget_the_streams()
+    assert all_equal(model, never_stopped)
+
+
 def test_between_two_calls_of_learn_the_bits_go_on_too(tmp_path):
     never_stopped = make(line(), use_sde=True).learn(80)
     save_checkpoint(never_stopped, tmp_path)

@@ -13,6 +13,8 @@ from test_checkpoint import WithinBounds, all_equal, line
 from test_mbpo import make
 
 from sb3_mbpo.checkpoint import CheckpointCallback, checkpoints, load_checkpoint, save_checkpoint
+from sb3_mbpo.run_state import blob_names
+from sb3_mbpo.storage import read_json
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_been_left_alone(tmp_path):
@@ -74,6 +76,8 @@ def test_a_full_disk_ends_the_run_with_an_error_and_the_last_checkpoint_is_whole
     newest = int(checkpoints(small_disk)[0].name.split("_")[1])
     assert newest >= 20 and model.num_timesteps - newest == 20
     assert load_checkpoint(small_disk, line()).num_timesteps == newest
+    needed = set().union(*(blob_names(read_json(path)) for path in checkpoints(small_disk)))
+    assert {path.name for path in (small_disk / "blobs").iterdir()} == needed  # what the failed one had written is gone
     subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)  # somebody tidies up
     save_checkpoint(model, small_disk, keep=1)
     assert load_checkpoint(small_disk, line()).num_timesteps == model.num_timesteps

@@ -260,6 +260,10 @@ def test_a_saved_replay_buffer_can_be_fitted_to(tmp_path):
     model.save(tmp_path / "model")
     resumed, watch = MBPO.load(tmp_path / "model", env=LineEnv()), Watch()
     resumed.load_replay_buffer(tmp_path / "buffer")
+    resumed.learn(1, callback=watch, reset_num_timesteps=False)
+    assert watch.fits == [81]  # there were no imagined rows
+    resumed = MBPO.load(tmp_path / "model", env=LineEnv())
+    resumed.load_replay_buffer(tmp_path / "buffer")
     assert resumed.imagine() > 0  # by the elites of the saved fit
     resumed.learn(45, callback=watch, reset_num_timesteps=False)
     assert watch.fits == [100, 120]
