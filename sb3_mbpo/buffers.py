@@ -213,9 +213,7 @@ class ImaginedBuffer:
         :param n_rows: how many
         :param generator: draws the rows
         """
-        # by age, not by slot: a ring that was saved and filled again draws the same rows
-        ages = 1 + th.randint(self._size, (n_rows,), generator=generator, device=self._rows.device)
-        return self._unpack(self._rows[(self._pos - ages) % self.capacity])
+        return self._unpack(self._rows[th.randint(self._size, (n_rows,), generator=generator, device=self._rows.device)])
 
     def _unpack(self, rows: th.Tensor) -> Transitions:
         observations, actions, next_observations, rewards, terminated = rows.split(self._widths, dim=-1)

@@ -6,7 +6,8 @@ are shared, so a new checkpoint writes only what is new. JSON and plain numbers:
 is the blob with the model, a zip file as SB3's ``save`` writes it, which follows SB3's own rules.
 """
 
-import os
+import re
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +17,13 @@ from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_mbpo.mbpo import MBPO
 from sb3_mbpo.run_state import blob_names, collect, episodes_begin, restore
-from sb3_mbpo.storage import BlobStore, DamagedFileError, read_json, write_json
+from sb3_mbpo.schedules import check_positive
+from sb3_mbpo.storage import BlobStore, DamagedFileError, UnreadableFileError, read_json, write_json
 
 SomeMBPO = TypeVar("SomeMBPO", bound=MBPO)
+
+#: A number that counts the checkpoints of the folder, and the environment steps. Other files in it are not ours.
+NAME = re.compile(r"\d{6,}_\d+_steps\.json")
 
 
 def save_checkpoint(model: MBPO, folder: str | Path, keep: int = 2) -> Path:
@@ -26,16 +31,14 @@ def save_checkpoint(model: MBPO, folder: str | Path, keep: int = 2) -> Path:
     Adds a checkpoint to the folder. It is written beside the others and renamed when it is whole, so at any moment the
     folder holds the newest whole one.
 
-    :param model: between two calls of ``learn``, or in a callback's ``on_rollout_start``; elsewhere some of the last step's
-        work would be done twice or not at all
+    :param model: between two calls of ``learn``; within one, use :class:`CheckpointCallback`
     :param folder: of this run alone; one process writes to it at a time
     :param keep: checkpoints that stay, this one included; older ones are deleted
     :return: the checkpoint's JSON file
-    :raises ValueError: when the replay buffer holds Python objects (``copy_info_dict`` of ``HerReplayBuffer``)
-    :raises OSError: when it cannot be written, for example because the disk is full; the others are still whole
+    :raises ValueError: when the replay buffer keeps more than rows of numbers, as one of your own may
+    :raises OSError: when it cannot be written, for example because the disk is full; the others stay as they were
     """
-    if keep < 1:
-        raise ValueError(f"`keep` must be at least 1, this checkpoint, but got {keep}.")
+    check_positive("keep", keep)
     folder, existing = Path(folder), checkpoints(folder)
     number = 1 + (_number(existing[0]) if existing else 0)
     path = folder / f"{number:06d}_{model.num_timesteps}_steps.json"
@@ -45,11 +48,12 @@ def save_checkpoint(model: MBPO, folder: str | Path, keep: int = 2) -> Path:
         content = collect(model, store)
         store.sync()
         write_json(path, content)
-    except OSError as error:
-        _delete_old(folder, keep)
-        raise OSError(
-            error.errno, f"{error.strerror}: the checkpoint was not written, the earlier ones are whole", str(path)
-        ) from error
+    except Exception as error:
+        store.take_back()
+        if isinstance(error, OSError):
+            reason = f"{error.strerror}: the checkpoint was not written, the earlier ones are as they were"
+            raise OSError(error.errno, reason, str(path)) from error
+        raise
     _delete_old(folder, keep)
     return path
 
@@ -71,10 +75,14 @@ def load_checkpoint(
     :param folder: written by :func:`save_checkpoint`
     :param env: the environment, made as it was; its ``VecNormalize``, if it has one, gets the saved settings and statistics
     :param algorithm: the class of the model that was saved, if it is one of your own
-    :param kwargs: attributes to change, as for ``MBPO.load``
-    :raises ValueError: when there is no whole checkpoint, or only one of model and ``env`` has a ``VecNormalize``
+    :param kwargs: attributes to change, as for ``MBPO.load``; but for the seed, because the streams go on
+    :raises ValueError: when there is no whole checkpoint, or ``env`` is not wrapped as it was
     :warns UserWarning: names each checkpoint that was skipped because it is damaged, and the one that was loaded
     """
+    if env is None or isinstance(env, str):
+        raise ValueError(f"`env` must be an environment, such as `gymnasium.make(...)` returns, but got {env!r}.")
+    if "seed" in kwargs:
+        raise ValueError("A checkpoint goes on with its own random streams: leave out `seed`, or use `MBPO.load`.")
     skipped: list[str] = []
     for path in checkpoints(folder):
         try:
@@ -94,13 +102,14 @@ def load_checkpoint(
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """:return: the JSON files of the checkpoints in the folder, newest first, whole or damaged"""
-    return sorted(Path(folder).glob("[0-9]*_steps.json"), key=_number, reverse=True)
+    found = [path for path in Path(folder).glob("*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=_number, reverse=True)
 
 
 class CheckpointCallback(BaseCallback):
     """
     Saves a checkpoint when the environment steps pass a multiple of ``save_freq``, before the next step is made, and at
-    the end of ``learn``.
+    the end of ``learn``. Whatever would keep it from saving is an error at the beginning already.
 
     :param save_freq: environment steps, of all environments together
     :param folder: see :func:`save_checkpoint`
@@ -108,6 +117,7 @@ class CheckpointCallback(BaseCallback):
     :param at_episode_end: wait until all environments begin a new episode (and ``train_freq`` steps are complete), so that
         resuming gives the same bits. With episodes that never end together this never comes
     :param verbose: 1 tells of each checkpoint
+    :raises ValueError: for a value out of range, or inside a callback that counts steps itself
     """
 
     model: MBPO
@@ -116,29 +126,40 @@ class CheckpointCallback(BaseCallback):
         self, save_freq: int, folder: str | Path, keep: int = 2, at_episode_end: bool = False, verbose: int = 0
     ) -> None:
         super().__init__(verbose)
-        if save_freq < 1:
-            raise ValueError(f"`save_freq` must be at least 1 environment step, but got {save_freq}.")
-        self.save_freq = save_freq
-        self.folder = folder
-        self.keep = keep
+        self.save_freq = check_positive("save_freq", save_freq)
+        self.folder = Path(folder)
+        self.keep = check_positive("keep", keep)
         self.at_episode_end = at_episode_end
+
+    def _init_callback(self) -> None:
+        if self.parent is not None:
+            raise ValueError(
+                f"{type(self.parent).__name__} tells the callback inside it of steps only, and a checkpoint is saved between "
+                "them. CheckpointCallback counts the steps itself: pass it to `learn`."
+            )
+
+    def _on_training_start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not checkpoints(self.folder):
+            with tempfile.TemporaryDirectory(dir=self.folder) as trial:
+                save_checkpoint(self.model, trial)
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_start(self) -> None:
-        last, now = self.model.last_checkpoint_timestep, self.model.num_timesteps
+        now = self.model.num_timesteps
+        saved = [_steps(path) for path in checkpoints(self.folder)[:1]]
+        last = saved[0] if saved and saved[0] <= now else 0  # a later one was skipped, or is another run's
         if now // self.save_freq > last // self.save_freq and (not self.at_episode_end or episodes_begin(self.model)):
             self._save()
             if self.model.use_sde:  # SB3 has just drawn the noise of this rollout, and will draw again when it resumes
                 self.model.actor.reset_noise(self.model.n_envs)
 
     def _on_training_end(self) -> None:
-        if self.model.num_timesteps > self.model.last_checkpoint_timestep:
-            self._save()
+        self._save()
 
     def _save(self) -> None:
-        self.model.last_checkpoint_timestep = self.model.num_timesteps
         path = save_checkpoint(self.model, self.folder, self.keep)
         if self.verbose >= 1:
             print(f"Saved the checkpoint {path}")
@@ -148,21 +169,28 @@ def _number(path: Path) -> int:
     return int(path.name.split("_")[0])
 
 
+def _steps(path: Path) -> int:
+    return int(path.name.split("_")[1])
+
+
 def _blobs(folder: Path) -> BlobStore:
     return BlobStore(folder / "blobs")
 
 
 def _delete_old(folder: Path, keep: int) -> None:
-    """The older checkpoints, and every blob that no other one needs."""
-    kept, needed = checkpoints(folder)[:keep], set()
+    """The older checkpoints, those that are damaged, and every blob that no other one needs. A whole one is there."""
+    kept: list[set[str]] = []
     for path in checkpoints(folder):
-        if path not in kept:
-            os.remove(path)
-    for path in kept:
         try:
-            needed |= blob_names(read_json(path))
+            needed = blob_names(read_json(path))
+        except UnreadableFileError:
+            return  # nobody knows what it needs
         except DamagedFileError:
-            continue
-    for path in folder.glob("*.partial"):
+            needed = set()
+        if needed and len(kept) < keep:
+            kept.append(needed)
+        else:
+            path.unlink()
+    for path in folder.glob("*_steps.json.partial"):
         path.unlink()
-    _blobs(folder).keep_only(needed)
+    _blobs(folder).keep_only(set().union(*kept))

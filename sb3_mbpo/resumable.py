@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.save_util import recursive_getattr, save_to_zip_file
 from stable_baselines3.common.type_aliases import GymEnv
 
-from sb3_mbpo.streams import EpisodeStreams, State, generator_state, set_generator_state
+from sb3_mbpo.streams import EpisodeStreams, State, environment_streams, generator_state, set_generator_state
 
 SelfResumableSAC = TypeVar("SelfResumableSAC", bound="ResumableSAC")
 
@@ -40,7 +40,6 @@ class ResumableSAC(SAC):
     """
 
     _generator_state: State | None = None  # of the loaded file
-    last_checkpoint_timestep: int = 0
 
     def _setup_model(self) -> None:
         self._generator = th.Generator(self.device)
@@ -61,10 +60,9 @@ class ResumableSAC(SAC):
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         first_observations = self._last_obs
         result = super()._setup_learn(*args, **kwargs)
-        self.last_checkpoint_timestep = min(self.last_checkpoint_timestep, self.num_timesteps)
         if self._last_obs is not first_observations:
             assert self.env is not None
-            self._episode_streams = EpisodeStreams(self.env)
+            self._episode_streams = EpisodeStreams([None] * self.env.num_envs, environment_streams(self.env))
         return result
 
     def _store_transition(
@@ -107,15 +105,19 @@ class ResumableSAC(SAC):
         **kwargs: Any,
     ) -> SelfResumableSAC:
         try:
-            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+            model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         except KeyError as error:
             if error.args != ("policy.optimizer",):  # what SB3 asks for when the parameters do not fit
                 raise
             raise ValueError(
                 f"The file does not hold what {cls.__name__} needs. {error.__context__} If SAC saved it, load it with "
                 f"`SAC.load`; to go on from its policy, make a new {cls.__name__} and call "
-                "`model.set_parameters(sac.get_parameters(), exact_match=False)`."
+                "`model.set_parameters(sac.get_parameters(), exact_match=False)`. Arguments that change the networks or "
+                "their optimizers cannot be changed on loading."
             ) from error
+        if kwargs.get("seed") is not None:
+            model._generator.manual_seed(kwargs["seed"])
+        return model
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_generator", "_episode_streams"]

@@ -1,13 +1,15 @@
 """Everything that resuming needs, in one list (:func:`collect`), as numbers that JSON and blobs can hold."""
 
-from pathlib import Path
+import contextlib
+import io
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_mbpo.mbpo import MBPO
@@ -19,6 +21,12 @@ from sb3_mbpo.type_aliases import ImaginationResult
 FORMAT = 1
 #: VecNormalize's settings; its statistics are stored beside them.
 SETTINGS = ("training", "norm_obs", "norm_reward", "norm_obs_keys", "clip_obs", "clip_reward", "gamma", "epsilon")
+#: What SB3's replay buffers hold beside their rows. The constructor makes it again, or it is stored by name.
+KNOWN_TO_BUFFERS = {
+    "buffer_size", "n_envs", "pos", "full", "observation_space", "action_space", "obs_shape", "action_dim", "device",
+    "optimize_memory_usage", "handle_timeout_termination", "n_steps", "gamma", "env", "copy_info_dict", "infos",
+    "goal_selection_strategy", "n_sampled_goal", "her_ratio", "_current_ep_start",
+}  # fmt: skip
 
 SomeMBPO = TypeVar("SomeMBPO", bound=MBPO)
 
@@ -30,15 +38,19 @@ def collect(model: MBPO, store: BlobStore) -> dict[str, Any]:
         elites, counters, schedules and the spaces with their random streams
     """
     env = model.get_env()
+    started = env is not None and model._last_obs is not None
+    file = io.BytesIO()
+    model.save(file)
     return {
         "format": FORMAT,
-        "model": store.put_file(lambda path: _write_model(model, path)),
+        "model": store.put_bytes(file.getvalue(), ".zip"),
         "seed": model.seed,
         "replay_buffer": _collect_buffer(model.replay_buffer, store),
         "imagined": None if model.imagined_buffer is None else _collect_imagined(model, store),
-        "vec_normalize": _collect_vec_normalize(model.get_vec_normalize_env()),
+        "vec_normalize": [_collect_vec_normalize(wrapper) for wrapper in _vec_normalizes(env)],
         "streams": global_streams(),
-        "environments": None if env is None else _collect_environments(model, env),
+        "episodes_begin": episodes_begin(model),
+        "environments": _collect_environments(model, env) if env is not None and started else None,
     }
 
 
@@ -57,33 +69,31 @@ def restore(
     """
     if content["format"] != FORMAT:
         raise ValueError(f"The checkpoint has format {content['format']}, but this version of sb3_mbpo reads {FORMAT}.")
-    store.read(content["model"])  # damaged?
     # without the seed, which would start all streams anew
-    model = algorithm.load(store.folder / content["model"], env=env, **{"seed": None, **kwargs})
+    model = algorithm.load(io.BytesIO(store.read(content["model"])), env=env, **{**kwargs, "seed": None})
     model.seed = content["seed"]
     _restore_buffer(model.replay_buffer, content["replay_buffer"], store)
     if content["imagined"] is not None:
         _restore_imagined(model, content["imagined"], store)
-    vec_env, vec_normalize = model.get_env(), model.get_vec_normalize_env()
+    if not content["episodes_begin"]:
+        _end_last_episodes(model.replay_buffer)
+    vec_env = model.get_env()
     assert vec_env is not None
-    _restore_vec_normalize(vec_normalize, content["vec_normalize"])
+    wrappers = _vec_normalizes(vec_env)
+    _restore_vec_normalizes(wrappers, content["vec_normalize"])
     if content["environments"] is not None:
-        _restore_environments(model, vec_env, content["environments"])
-    if vec_normalize is not None:
-        vec_normalize.training = content["vec_normalize"]["settings"]["training"]
+        with _not_counting(wrappers):  # the saved statistics have this reset in them
+            _begin_episodes(model, vec_env, content["environments"])
+    elif model.seed is not None:
+        vec_env.seed(model.seed)  # `learn` resets the environments for the first time
     set_global_streams(content["streams"])
     return model
 
 
 def episodes_begin(model: MBPO) -> bool:
-    """Whether the last stored step was the last of its episode in every environment."""
+    """Whether no episode is under way: there is no step yet, or the last one was the last of its episode everywhere."""
     buffer = model.replay_buffer
-    return buffer.size() > 0 and bool(buffer.dones[buffer.pos - 1].all())
-
-
-def _write_model(model: MBPO, path: Path) -> None:
-    with path.open("wb") as file:
-        model.save(file)
+    return buffer.size() == 0 or bool(buffer.dones[buffer.pos - 1].all())
 
 
 def _row_arrays(buffer: ReplayBuffer) -> dict[str, np.ndarray]:
@@ -92,13 +102,22 @@ def _row_arrays(buffer: ReplayBuffer) -> dict[str, np.ndarray]:
     for name, value in vars(buffer).items():
         arrays |= {f"{name}/{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
     slots = (buffer.buffer_size, buffer.n_envs)
-    return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray) and array.shape[:2] == slots}
+    rows = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray) and array.shape[:2] == slots}
+    return {name: array for name, array in rows.items() if not array.dtype.hasobject}
 
 
 def _collect_buffer(buffer: ReplayBuffer, store: BlobStore) -> dict[str, Any]:
     arrays = _row_arrays(buffer)
-    if isinstance(buffer, HerReplayBuffer) and not buffer.copy_info_dict:
-        del arrays["infos"]  # empty
+    lost = {
+        name for name in vars(buffer) if name not in KNOWN_TO_BUFFERS and name not in {key.split("/")[0] for key in arrays}
+    }
+    if isinstance(buffer, HerReplayBuffer) and buffer.copy_info_dict:
+        lost.add("infos")
+    if lost:
+        raise ValueError(
+            f"A checkpoint holds the rows of a replay buffer, but this {type(buffer).__name__} also keeps {sorted(lost)}, "
+            "which would be lost. Use one of SB3's buffers (without `copy_info_dict`), or `save_replay_buffer`."
+        )
     return {
         "buffer_size": buffer.buffer_size,
         "n_envs": buffer.n_envs,
@@ -132,7 +151,7 @@ def _end_last_episodes(buffer: ReplayBuffer) -> None:
         buffer.truncate_last_trajectory()
         return
     last = buffer.pos - 1
-    if not buffer.optimize_memory_usage:  # this has lost the next observation, so SB3 lets it count as terminal
+    if buffer.handle_timeout_termination:  # else every time limit counts as a termination
         buffer.timeouts[last] = np.maximum(buffer.timeouts[last], 1 - buffer.dones[last])
     buffer.dones[last] = 1
 
@@ -150,33 +169,51 @@ def _restore_imagined(model: MBPO, content: dict[str, Any], store: BlobStore) ->
     model.imagination_result = None if content["result"] is None else ImaginationResult(**content["result"])
 
 
-def _collect_vec_normalize(env: VecNormalize | None) -> dict[str, Any] | None:
-    if env is None:
-        return None
-    observations = getattr(env, "obs_rms", {})
+def _vec_normalizes(env: VecEnv | None) -> list[VecNormalize]:
+    """All of them, from the outside in."""
+    found = []
+    while isinstance(env, VecEnvWrapper):
+        found += [env] if isinstance(env, VecNormalize) else []
+        env = env.venv
+    return found
+
+
+def _collect_vec_normalize(env: VecNormalize) -> dict[str, Any]:
+    observations = vars(env).get("obs_rms", {})
     parts = observations if isinstance(observations, dict) else {"": observations}
+    settings = {name: getattr(env, name) for name in SETTINGS}
     return {
-        "settings": {name: getattr(env, name) for name in SETTINGS},
+        "settings": {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()},
         "obs_rms": {key: _collect_statistics(part) for key, part in parts.items()},
         "ret_rms": _collect_statistics(env.ret_rms),
     }
 
 
-def _restore_vec_normalize(env: VecNormalize | None, content: dict[str, Any] | None) -> None:
-    """All but ``training``, which stays off until the environments have been reset: that would count again."""
-    if env is None and content is None:
-        return
-    if env is None or content is None:
+def _restore_vec_normalizes(wrappers: list[VecNormalize], contents: list[dict[str, Any]]) -> None:
+    if len(wrappers) != len(contents):
         raise ValueError(
-            f"The checkpoint was saved {'with' if env is None else 'without'} `VecNormalize`, but `env` is "
-            f"{'not ' if env is None else ''}wrapped in it: pass the environment wrapped as it was."
+            f"The checkpoint was saved with {len(contents)} `VecNormalize` around the environment, but `env` has "
+            f"{len(wrappers)}: pass the environment wrapped as it was."
         )
-    for name, value in (content["settings"] | {"training": False}).items():
-        setattr(env, name, value)
-    parts = {key: _statistics(part) for key, part in content["obs_rms"].items()}
-    if parts:
-        env.obs_rms = parts.get("", parts)  # type: ignore[assignment]
-    env.ret_rms = _statistics(content["ret_rms"])
+    for env, content in zip(wrappers, contents, strict=True):
+        for name, value in content["settings"].items():
+            setattr(env, name, value)
+        parts = {key: _statistics(part) for key, part in content["obs_rms"].items()}
+        if parts:
+            env.obs_rms = parts.get("", parts)  # type: ignore[assignment]
+        env.ret_rms = _statistics(content["ret_rms"])
+
+
+@contextlib.contextmanager
+def _not_counting(wrappers: list[VecNormalize]) -> Iterator[None]:
+    training = [env.training for env in wrappers]
+    try:
+        for env in wrappers:
+            env.training = False
+        yield
+    finally:
+        for env, value in zip(wrappers, training, strict=True):
+            env.training = value
 
 
 def _collect_statistics(statistics: RunningMeanStd) -> dict[str, Any]:
@@ -192,20 +229,17 @@ def _statistics(content: dict[str, Any]) -> RunningMeanStd:
 
 
 def _collect_environments(model: MBPO, env: VecEnv) -> dict[str, Any]:
-    begun = episodes_begin(model) and model._episode_streams is not None
-    return {
-        "episodes_begin": begun,
-        "before": model._episode_streams.previous if begun and model._episode_streams else [None] * env.num_envs,
-        "now": environment_streams(env),
-    }
+    if episodes_begin(model) and model._episode_streams is not None:
+        return {"before": model._episode_streams.before, "after": model._episode_streams.after}
+    return {"before": environment_streams(env), "after": [None] * env.num_envs}
 
 
-def _restore_environments(model: MBPO, env: VecEnv, content: dict[str, Any]) -> None:
+def _begin_episodes(model: MBPO, env: VecEnv, content: dict[str, Any]) -> None:
     """Resets the environments, so that ``learn`` need not."""
-    if model.replay_buffer.size() > 0 and not content["episodes_begin"]:
-        _end_last_episodes(model.replay_buffer)
-    model._last_obs = begin_episodes(env, content["before"], content["now"])
-    model._episode_streams = EpisodeStreams(env)
+    streams = EpisodeStreams(content["before"], content["after"])
+    model._last_obs = begin_episodes(env, streams)
+    streams.after = environment_streams(env)
+    model._episode_streams = streams
     model._last_episode_starts = np.ones((env.num_envs,), dtype=bool)
     vec_normalize = model.get_vec_normalize_env()
     if vec_normalize is not None:

@@ -1,14 +1,15 @@
 """
 Files that are whole or not there, and that are named by what they hold.
 
-A *blob* is a file whose name is the SHA-256 of its bytes. What is there already is not written again, so to store a large
-array a second time costs only what has changed; and what has been damaged no longer fits its name.
+A *blob* is a file whose name is the SHA-256 of its bytes, perhaps with a suffix. What is there already is not written again,
+so to store a large array a second time costs only what has changed; and what has been damaged no longer fits its name.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ import numpy as np
 
 #: Large arrays are cut into blobs of this size along their first dimension.
 BLOB_BYTES = 2**20
+#: What a blob is called, whole or half written. Other files in its folder are not ours.
+BLOB_NAME = re.compile(r"[0-9a-f]{64}(\.zip)?(\.partial)?")
 
 
 class DamagedFileError(ValueError):
-    """A file that is not there, is not what was written, or cannot be read."""
+    """A file that is not what was written."""
+
+
+class UnreadableFileError(DamagedFileError):
+    """A file that is not there, or that cannot be read now."""
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -32,13 +39,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """:raises DamagedFileError: when it is not what :func:`write_json` wrote"""
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(_read(path))
         content: dict[str, Any] = document["content"]
         whole = document["sha256"] == _digest(json.dumps(content, sort_keys=True).encode())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedFileError(f"{path} cannot be read: {error}") from error
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DamagedFileError(f"{path} is damaged: {error}") from error
     if not whole:
-        raise DamagedFileError(f"{path} is damaged: it does not hold what was written.")
+        raise DamagedFileError(f"{path} is damaged: it does not hold what was written")
     return content
 
 
@@ -51,6 +58,22 @@ class BlobStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._new: list[Path] = []
+
+    def put_bytes(self, data: memoryview | bytes, suffix: str = "") -> str:
+        """
+        :param data: of one blob
+        :param suffix: of its name, for people who look into the folder
+        :return: its name
+        """
+        path = self.folder / (_digest(data) + suffix)
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._new.append(path)
+            _replace(path, data)
+        elif path.read_bytes() != data:  # damaged
+            _replace(path, data)
+        return path.name
 
     def put_array(self, array: np.ndarray) -> dict[str, Any]:
         """
@@ -62,7 +85,7 @@ class BlobStore:
             raise ValueError(f"Expected an array of numbers, but got one of Python objects, {array.dtype} {array.shape}.")
         rows = max(1, BLOB_BYTES // max(1, array[:1].nbytes))
         parts = [np.ascontiguousarray(array[start : start + rows]) for start in range(0, len(array), rows)]
-        blobs = [self._put_bytes(part.data.cast("B") if part.size else b"") for part in parts]
+        blobs = [self.put_bytes(part.data.cast("B") if part.size else b"") for part in parts]
         return {"dtype": array.dtype.str, "shape": list(array.shape), "rows_per_blob": rows, "blobs": blobs}
 
     def read_array(self, entry: dict[str, Any], target: np.ndarray | None = None) -> np.ndarray:
@@ -83,56 +106,48 @@ class BlobStore:
             array[number * entry["rows_per_blob"] :][: len(part)] = part
         return array
 
-    def put_file(self, write: Callable[[Path], None]) -> str:
-        """
-        :param write: writes a file to the path that it gets
-        :return: name of the blob
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / "file.partial"
-        write(partial)
-        name = _digest(partial.read_bytes())
-        _sync(partial)
-        os.replace(partial, self.folder / name)
-        return name
-
     def read(self, name: str) -> bytes:
         """:raises DamagedFileError: when the blob is not what was written"""
-        path = self.folder / name
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DamagedFileError(f"{path} cannot be read: {error}") from error
-        if _digest(data) != name:
-            raise DamagedFileError(f"{path} is damaged: its {len(data)} bytes are not those that were written.")
+        data = _read(self.folder / name)
+        if _digest(data) != Path(name).stem:
+            raise DamagedFileError(f"{self.folder / name} is damaged: its {len(data)} bytes are not those that were written")
         return data
 
     def sync(self) -> None:
         """After this, all that was put survives a power cut."""
         _sync(self.folder)
 
+    def take_back(self) -> None:
+        """Deletes the blobs that were not there before."""
+        for path in self._new:
+            path.unlink(missing_ok=True)
+            _partial(path).unlink(missing_ok=True)
+
     def keep_only(self, names: Iterable[str]) -> None:
         """Deletes all other blobs, and what a killed process may have left half written."""
         kept = set(names)
         for path in self.folder.glob("*"):
-            if path.name not in kept:
+            if BLOB_NAME.fullmatch(path.name) and path.name not in kept:
                 path.unlink()
-
-    def _put_bytes(self, data: memoryview | bytes) -> str:
-        name = _digest(data)
-        path = self.folder / name
-        if not path.exists() or path.stat().st_size != len(data):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(path, data)
-        return name
 
 
 def _digest(data: memoryview | bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UnreadableFileError(f"{path} cannot be read: {error}") from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
 def _replace(path: Path, data: memoryview | bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     with partial.open("wb") as file:
         file.write(data)
         file.flush()
@@ -140,11 +155,11 @@ def _replace(path: Path, data: memoryview | bytes) -> None:
     os.replace(partial, path)
 
 
-def _sync(path: Path) -> None:
-    """A file's bytes, or a folder's names."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no such call for folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+def _sync(folder: Path) -> None:
+    """The names in it."""
+    if os.name == "nt":
+        return  # Windows has no such call
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -69,42 +69,37 @@ def set_environment_streams(env: VecEnv, states: Sequence[State | None]) -> None
 
 class EpisodeStreams:
     """
-    The environments' streams as they were when the newest episode of each began, and the one before it.
+    The environments' streams before and after the first observations of their episodes were drawn.
 
-    Where a step draws nothing, as in all of Gymnasium's MuJoCo tasks, the newest episode can be begun once more: its first
-    observation is drawn from the stream as it was when the episode before it began.
+    Where a step draws nothing, as in all of Gymnasium's MuJoCo tasks, a stream does not change until the next episode
+    begins: then what came after one beginning comes before the next.
 
-    :param env: just reset
+    :param before: of each environment; ``None``: not known
+    :param after: the same
     """
 
-    def __init__(self, env: VecEnv) -> None:
-        self.previous: list[State | None] = [None] * env.num_envs
-        self.newest = environment_streams(env)
+    def __init__(self, before: Sequence[State | None], after: Sequence[State | None]) -> None:
+        self.before = list(before)
+        self.after = list(after)
 
     def begin(self, env: VecEnv, indices: Sequence[int]) -> None:
         """Call this when new episodes have begun. :param indices: of their environments"""
         for index, state in zip(indices, environment_streams(env, indices), strict=True):
-            self.previous[index], self.newest[index] = self.newest[index], state
+            self.before[index], self.after[index] = self.after[index], state
 
 
-def begin_episodes(env: VecEnv, before: Sequence[State | None], now: Sequence[State | None]) -> Any:
+def begin_episodes(env: VecEnv, streams: EpisodeStreams) -> Any:
     """
-    Resets all environments, to the same episodes if that can be done.
+    Resets all environments, each to the episode that it had begun with these streams.
 
     :param env: any
-    :param before: the streams before the first observations of these episodes were drawn; ``None`` where not known
-    :param now: and after
+    :param streams: where the streams after the beginning are not known, they go on from what the reset draws
     :return: the first observations
     """
     env.unwrapped._reset_seeds()  # a seed for the next reset would replace the streams
-    if None in before:
-        set_environment_streams(env, now)
-        return env.reset()
-    set_environment_streams(env, before)
+    set_environment_streams(env, streams.before)
     observations = env.reset()
-    if environment_streams(env) != list(now):  # the last step drew, too
-        set_environment_streams(env, now)
-        observations = env.reset()
+    set_environment_streams(env, streams.after)
     return observations
 
 

@@ -1,5 +1,8 @@
 import json
+import pathlib
 import random
+import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -7,6 +10,8 @@ import torch as th
 from conftest import LineEnv
 from gymnasium import spaces
 from stable_baselines3 import SAC
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import EveryNTimesteps
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
@@ -15,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from sb3_mbpo import MBPO
 from sb3_mbpo.checkpoint import CheckpointCallback, checkpoints, load_checkpoint, save_checkpoint
-from sb3_mbpo.run_state import blob_names, restore
+from sb3_mbpo.run_state import blob_names
 from sb3_mbpo.storage import BLOB_BYTES, BlobStore, DamagedFileError, read_json, write_json
 
 GOAL_KEYS = ("observation", "achieved_goal", "desired_goal")
@@ -119,26 +124,62 @@ RUNS = {
 }
 
 
-def load(path, env, **kwargs) -> MBPO:
-    """This checkpoint, not the newest."""
-    return restore(read_json(path), BlobStore(path.parent / "blobs"), env, MBPO, kwargs)
+def copy_of(folder, path):
+    """The folder as it was when this checkpoint was the newest."""
+    copy = folder.with_name(f"{folder.name}_{path.stem}")
+    shutil.copytree(folder, copy)
+    for later in checkpoints(copy):
+        if later.name > path.name:
+            later.unlink()
+    return copy
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(name, tmp_path):
-    make_env, kwargs = RUNS[name]
-    never_stopped = make(make_env(), **kwargs).learn(130, CheckpointCallback(20, tmp_path, keep=99, at_episode_end=True))
-    saved = sorted(checkpoints(tmp_path))
+    def saving(folder):
+        return CheckpointCallback(20, folder, keep=99, at_episode_end=True)
+
+    (make_env, kwargs), folder = RUNS[name], tmp_path / "run"
+    never_stopped = make(make_env(), **kwargs).learn(130, saving(folder))
+    saved = sorted(checkpoints(folder))
     assert len(saved) >= 4 and (name == "idle" or len(never_stopped.imagined_buffer) > 0)
     if name != "gSDE":  # there, each checkpoint draws new noise
         assert all_equal(make(make_env(), **kwargs).learn(130), never_stopped)  # saving changes nothing
     for path in (saved[0], saved[-2]):  # in the warm-up, and after some fits
         forget_the_streams()
-        resumed = load(path, make_env())
+        copy = copy_of(folder, path)
+        resumed = load_checkpoint(copy, make_env())
         assert f"_{resumed.num_timesteps}_steps" in path.name and not all_equal(resumed, never_stopped)
-        saving = CheckpointCallback(20, tmp_path / "resumed", at_episode_end=True)
-        resumed.learn(130 - resumed.num_timesteps, saving, reset_num_timesteps=False)
+        resumed.learn(130 - resumed.num_timesteps, saving(copy), reset_num_timesteps=False)
         assert all_equal(resumed, never_stopped)
+
+
+def test_a_model_that_has_not_learned_yet_and_one_just_loaded_can_be_saved(tmp_path):
+    def make_env():
+        return VecNormalize(line())
+
+    fresh = make(make_env())
+    save_checkpoint(fresh, tmp_path / "fresh")
+    fresh.learn(60)
+    resumed = load_checkpoint(tmp_path / "fresh", make_env()).learn(60, reset_num_timesteps=False)
+    assert all_equal(resumed, fresh)
+    save_checkpoint(resumed, tmp_path / "first")
+    save_checkpoint(load_checkpoint(tmp_path / "first", make_env()), tmp_path / "second")
+    resumed.learn(60, reset_num_timesteps=False)
+    forget_the_streams()
+    assert all_equal(load_checkpoint(tmp_path / "second", make_env()).learn(60, reset_num_timesteps=False), resumed)
+
+
+def test_vec_normalize_inside_vec_normalize_comes_back(tmp_path):
+    def make_env():
+        return VecNormalize(VecNormalize(line(), norm_reward=False), norm_obs=False, gamma=np.float32(0.9))
+
+    model = make(make_env()).learn(60)
+    save_checkpoint(model, tmp_path)
+    resumed = load_checkpoint(tmp_path, make_env())
+    for ours, saved in ((resumed.env, model.env), (resumed.env.venv, model.env.venv)):
+        assert (ours.ret_rms.var, ours.training) == (saved.ret_rms.var, True) and ("obs_rms" in vars(ours)) == ours.norm_obs
+    assert (resumed.env.venv.obs_rms.count, resumed.env.gamma) == (model.env.venv.obs_rms.count, np.float32(0.9))
 
 
 def test_a_run_may_be_resumed_any_number_of_times(tmp_path):
@@ -167,8 +208,10 @@ def test_between_two_calls_of_learn_the_bits_go_on_too(tmp_path):
 def test_with_her_the_bits_go_on_too(tmp_path):
     kwargs = dict(policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer)
     never_stopped = make(GoalLine(), **kwargs).learn(130, CheckpointCallback(20, tmp_path, keep=99, at_episode_end=True))
-    resumed = load(sorted(checkpoints(tmp_path))[2], GoalLine())
-    assert 60 <= resumed.num_timesteps < 130
+    for path in checkpoints(tmp_path)[:3]:
+        path.unlink()
+    resumed = load_checkpoint(tmp_path, GoalLine())
+    assert 40 < resumed.num_timesteps < 100
     assert all_equal(resumed.learn(130 - resumed.num_timesteps, reset_num_timesteps=False), never_stopped)
     make(GoalLine(), **kwargs).learn(50, CheckpointCallback(33, tmp_path / "anywhere"))
     load_checkpoint(tmp_path / "anywhere", GoalLine()).learn(50, reset_num_timesteps=False)
@@ -231,10 +274,14 @@ def test_the_newest_checkpoints_stay_and_blobs_that_nobody_needs_go(tmp_path):
     needed = set().union(*(blob_names(read_json(path)) for path in checkpoints(tmp_path)))
     assert {path.name for path in (tmp_path / "blobs").iterdir()} == needed
     (tmp_path / "000008_140_steps.json.partial").write_text("{")  # a process was killed here
-    (tmp_path / "blobs" / "file.partial").write_text("PK")
+    (tmp_path / "blobs" / f"{'0' * 64}.zip.partial").write_text("PK")
+    for name in ("2024-01-01_steps.json", "data.partial", "blobs/notes.txt"):  # not ours
+        (tmp_path / name).write_text("")
+    (tmp_path / "blobs" / "folder").mkdir()
     save_checkpoint(model, tmp_path, keep=1)
-    assert [path.name for path in tmp_path.glob("*.*")] == ["000008_130_steps.json"]
-    assert {path.name for path in (tmp_path / "blobs").iterdir()} == blob_names(read_json(checkpoints(tmp_path)[0]))
+    assert {path.name for path in tmp_path.glob("*.*")} == {"000008_130_steps.json", "2024-01-01_steps.json", "data.partial"}
+    needed = blob_names(read_json(checkpoints(tmp_path)[0]))
+    assert {path.name for path in (tmp_path / "blobs").iterdir()} == needed | {"notes.txt", "folder"}
 
 
 def test_a_checkpoint_writes_only_what_is_new(tmp_path):
@@ -290,6 +337,50 @@ def test_a_damaged_checkpoint_is_skipped_and_named(part, harm, tmp_path):
     model.learn(20, reset_num_timesteps=False)
     save_checkpoint(model, tmp_path)
     assert load_checkpoint(tmp_path, line()).num_timesteps == 100
+
+
+def test_a_resumed_run_writes_a_damaged_blob_anew(tmp_path):
+    def saving():
+        return CheckpointCallback(20, tmp_path, at_episode_end=True)
+
+    never_stopped = make(line()).learn(60, saving())
+    newest, older = checkpoints(tmp_path)
+    flip_a_bit(tmp_path / "blobs" / read_json(newest)["replay_buffer"]["arrays"]["observations"]["blobs"][0])
+    with pytest.warns(UserWarning, match=f"Resuming from .*{older.name}"):
+        resumed = load_checkpoint(tmp_path, line())
+    resumed.learn(20, saving(), reset_num_timesteps=False)  # the same bits again, so the same names
+    assert all_equal(resumed, never_stopped)
+    assert load_checkpoint(tmp_path, line()).num_timesteps == 60
+
+
+def test_nothing_is_deleted_where_something_cannot_be_read_or_written(tmp_path, monkeypatch):
+    model = make(line()).learn(40)
+    save_checkpoint(model, tmp_path, keep=3)
+    model.learn(20, reset_num_timesteps=False)
+    save_checkpoint(model, tmp_path, keep=3)
+    before = {path: path.stat().st_size for path in tmp_path.rglob("*")}
+    read_bytes = pathlib.Path.read_bytes
+
+    def unreadable(path):
+        if path.suffix == ".json":
+            raise OSError(5, "Input/output error")
+        return read_bytes(path)
+
+    def unwritable(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", unreadable)
+    save_checkpoint(model, tmp_path, keep=1)  # goes well, but it cannot know what the others need
+    assert before.items() <= {path: path.stat().st_size for path in tmp_path.rglob("*")}.items()
+    monkeypatch.undo()
+    save_checkpoint(model, tmp_path, keep=3)
+    flip_a_bit(checkpoints(tmp_path)[0])
+    monkeypatch.setattr("os.replace", unwritable)
+    with pytest.raises(OSError, match="the checkpoint was not written, the earlier ones are as they were"):
+        save_checkpoint(model, tmp_path, keep=1)
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="skipped"):
+        assert load_checkpoint(tmp_path, line()).num_timesteps == 60
 
 
 def test_when_all_are_damaged_it_says_so_and_starts_nothing(tmp_path):
@@ -354,6 +445,40 @@ def test_a_checkpoint_is_due_when_a_multiple_is_passed_and_at_the_end(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["000007_30_steps.json"]
 
 
+def test_each_callback_goes_by_its_own_folder(tmp_path):
+    often, rare = tmp_path / "often", tmp_path / "rare"
+    make(line()).learn(110, [CheckpointCallback(20, often, keep=9), CheckpointCallback(50, rare, keep=9)])
+    assert [path.name.split("_")[1] for path in sorted(checkpoints(often))] == ["20", "40", "60", "80", "100", "110"]
+    assert [path.name.split("_")[1] for path in sorted(checkpoints(rare))] == ["50", "100", "110"]
+
+
+class OwnBuffer(ReplayBuffer):
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.priorities = np.zeros(self.buffer_size)
+
+
+def test_what_keeps_it_from_saving_is_told_at_the_beginning(tmp_path):
+    def saving():
+        return CheckpointCallback(1000, tmp_path / "run")
+
+    model = make(line(), replay_buffer_class=OwnBuffer)
+    with pytest.raises(ValueError, match=r"this OwnBuffer also keeps \['priorities'\], which would be lost"):
+        model.learn(50, saving())
+    goals = dict(replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs=dict(copy_info_dict=True))
+    with pytest.raises(ValueError, match=r"also keeps \['infos'\].*without `copy_info_dict`"):
+        make(GoalLine(), policy="MultiInputPolicy", **goals).learn(50, saving())
+    lock = threading.Lock()
+    with pytest.raises(TypeError, match="cannot pickle"):
+        make(line(), termination_fn=lambda obs, *_: never_ends(obs, lock, None)).learn(50, saving())
+    with pytest.raises(ValueError, match="EveryNTimesteps tells the callback inside it of steps only"):
+        model.learn(50, EveryNTimesteps(20, saving()))
+    assert model.num_timesteps == 0 and not list((tmp_path / "run").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="exists"):
+        make(line()).learn(50, CheckpointCallback(20, tmp_path / "file"))
+
+
 def test_the_callback_tells_of_each_checkpoint_if_asked(tmp_path, capsys):
     make(line()).learn(25, CheckpointCallback(20, tmp_path, verbose=1))
     assert capsys.readouterr().out.count("Saved the checkpoint") == 2
@@ -363,17 +488,23 @@ def test_what_does_not_fit_is_explained(tmp_path):
     with pytest.raises(ValueError, match=r"Expected a folder with a checkpoint, but in .* there is none"):
         load_checkpoint(tmp_path, line())
     save_checkpoint(make(line()).learn(45), tmp_path / "plain")
-    with pytest.raises(ValueError, match="was saved without `VecNormalize`, but `env` is wrapped in it"):
+    with pytest.raises(ValueError, match="was saved with 0 `VecNormalize` around the environment, but `env` has 1"):
         load_checkpoint(tmp_path / "plain", VecNormalize(line()))
     with pytest.raises(ValueError, match="has 1000000 slots for 1 environments, but the model's has 500000 for 2"):
         load_checkpoint(tmp_path / "plain", line(2))
     save_checkpoint(make(VecNormalize(line())).learn(45), tmp_path / "normalized")
-    with pytest.raises(ValueError, match="was saved with `VecNormalize`, but `env` is not wrapped in it"):
+    with pytest.raises(ValueError, match="was saved with 1 `VecNormalize` around the environment, but `env` has 0"):
         load_checkpoint(tmp_path / "normalized", line())
-    with pytest.raises(ValueError, match="`keep` must be at least 1"):
+    with pytest.raises(ValueError, match="`keep` must be an int of at least 1"):
         save_checkpoint(make(line()), tmp_path, keep=0)
-    with pytest.raises(ValueError, match="`save_freq` must be at least 1"):
-        CheckpointCallback(0, tmp_path)
+    for arguments, name in [((0, tmp_path), "save_freq"), ((1.5, tmp_path), "save_freq"), ((1, tmp_path, 0), "keep")]:
+        with pytest.raises(ValueError, match=f"`{name}` must be an int of at least 1"):
+            CheckpointCallback(*arguments)
+    for env in (None, "Pendulum-v1"):
+        with pytest.raises(ValueError, match="`env` must be an environment"):
+            load_checkpoint(tmp_path / "plain", env)
+    with pytest.raises(ValueError, match="leave out `seed`"):
+        load_checkpoint(tmp_path / "plain", line(), seed=3)
     path = save_checkpoint(make(line()).learn(45), tmp_path / "plain")
     write_json(path, read_json(path) | {"format": 99})
     with pytest.raises(ValueError, match="has format 99, but this version of sb3_mbpo reads 1"):
@@ -403,6 +534,8 @@ def test_the_zip_file_goes_on_with_the_random_stream(tmp_path):
         th.manual_seed(0)
         rounds.append(loaded.imagined_buffer.newest(loaded.imagine()))
     assert all((first == second).all() for first, second in zip(*rounds, strict=True))
+    states = [MBPO.load(tmp_path / "model", seed=seed)._generator.get_state() for seed in (1, 1, 2)]
+    assert (states[0] == states[1]).all() and not (states[0] == states[2]).all()
 
 
 def test_a_file_of_another_algorithm_is_explained(tmp_path):

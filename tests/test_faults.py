@@ -69,7 +69,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_ends_the_run_with_an_error_and_the_last_checkpoint_is_whole(small_disk):
     model = make(line(), policy_kwargs=dict(net_arch=[64, 64]), rollout_batch_size=1500)
     with pytest.raises(
-        OSError, match="No space left on device: the checkpoint was not written, the earlier ones are whole"
+        OSError, match="No space left on device: the checkpoint was not written, the earlier ones are as they were"
     ) as info:
         model.learn(2000, CheckpointCallback(20, small_disk, keep=50))
     assert info.value.errno == errno.ENOSPC
