@@ -25,7 +25,7 @@ from sb3_mbpo.callback import DynamicsCallback
 from sb3_mbpo.dynamics import Dynamics, DynamicsConfig
 from sb3_mbpo.fit import MIN_TRANSITIONS, fit_dynamics, make_optimizer
 from sb3_mbpo.imagination import imagine, sample_actions
-from sb3_mbpo.observations import ObservationLayout, why_not_modelled
+from sb3_mbpo.observations import ObservationLayout, UnsupportedActionSpaceError, why_not_modelled
 from sb3_mbpo.resumable import ResumableSAC
 from sb3_mbpo.schedules import check_positive, check_rollout_length, imagined_capacity, real_ratio_at, rollout_length_at
 from sb3_mbpo.tasks import known_termination_fn
@@ -33,10 +33,6 @@ from sb3_mbpo.type_aliases import FitResult, ImaginationResult, RewardFn, Rollou
 from sb3_mbpo.update import sac_updates
 
 SelfMBPO = TypeVar("SelfMBPO", bound="MBPO")
-
-
-class UnsupportedActionSpaceError(ValueError, AssertionError):
-    """A wrong action space. Also an ``AssertionError``, because that is what SB3's algorithms raise."""
 
 
 class MBPO(ResumableSAC):
@@ -141,16 +137,14 @@ class MBPO(ResumableSAC):
         dynamics_kwargs: dict[str, Any] | None = None,
         _init_setup_model: bool = True,
     ) -> None:
-        self.dynamics_train_freq = check_positive("dynamics_train_freq", dynamics_train_freq)
-        self.rollout_length = check_rollout_length(rollout_length)
-        self.rollout_batch_size = check_positive("rollout_batch_size", rollout_batch_size)
-        self.rollout_retain_steps = check_positive("rollout_retain_steps", rollout_retain_steps)
-        real_ratio_at(1.0, real_ratio)
+        self.dynamics_train_freq = dynamics_train_freq
+        self.rollout_length = rollout_length
+        self.rollout_batch_size = rollout_batch_size
+        self.rollout_retain_steps = rollout_retain_steps
         self.real_ratio = real_ratio
-        self.policy_delay = check_positive("policy_delay", policy_delay)
+        self.policy_delay = policy_delay
         self.termination_fn = termination_fn
         self.reward_fn = reward_fn
-        DynamicsConfig.from_kwargs(dynamics_kwargs)
         self.dynamics_kwargs = dynamics_kwargs
         self.fit_result: FitResult | None = None
         self.imagination_result: ImaginationResult | None = None
@@ -173,7 +167,15 @@ class MBPO(ResumableSAC):
                 "with `gymnasium.wrappers.RescaleAction`; for discrete actions use an algorithm such as DQN."
             ) from error
 
+    def _check_parameters(self) -> None:
+        for name in ("dynamics_train_freq", "rollout_batch_size", "rollout_retain_steps", "policy_delay"):
+            setattr(self, name, check_positive(name, getattr(self, name)))
+        self.rollout_length = check_rollout_length(self.rollout_length)
+        real_ratio_at(1.0, self.real_ratio)
+        DynamicsConfig.from_kwargs(self.dynamics_kwargs)
+
     def _setup_model(self) -> None:
+        self._check_parameters()  # here, because loading may change them
         super()._setup_model()
         self._has_said_idle = False
         self._why_not_modelled = why_not_modelled(self.observation_space, type(self.replay_buffer))
@@ -241,10 +243,8 @@ class MBPO(ResumableSAC):
             raise ValueError("Imagining needs a fitted dynamics and real transitions to start from: call `learn` first.")
         starts = th.randint(len(observations), (self.rollout_batch_size,), generator=self._generator, device=self.device)
         self.policy.set_training_mode(False)
-        length, elites = self.current_rollout_length(), self.fit_result.elites
-        rows, self.imagination_result = imagine(
-            dynamics, self._sample_imagined_actions, observations[starts], length, elites, self._generator
-        )
+        branches = (observations[starts], self.current_rollout_length(), self.fit_result.elites)
+        rows, self.imagination_result = imagine(dynamics, self._sample_imagined_actions, *branches, self._generator)
         self.imagined_buffer.resize(self._imagined_capacity())
         self.imagined_buffer.add(rows)
         return rows.n_rows
@@ -341,8 +341,7 @@ class MBPO(ResumableSAC):
         return sample_actions(self.actor, self._layout.policy_input(observations, self._vec_normalize_env))
 
     def _current_real_ratio(self) -> float:
-        progress_remaining = max(self._current_progress_remaining, 0.0)  # SB3's last rollout may overshoot
-        return real_ratio_at(progress_remaining, self.real_ratio)
+        return real_ratio_at(self._current_progress_remaining, self.real_ratio)
 
     def _imagined_capacity(self) -> int:
         return imagined_capacity(

@@ -1,4 +1,4 @@
-"""Which observations can be modelled, and how they lie flat."""
+"""Which spaces can be modelled, and how observations lie flat."""
 
 from typing import Any
 
@@ -8,6 +8,10 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+
+class UnsupportedActionSpaceError(ValueError, AssertionError):
+    """A wrong action space. Also an ``AssertionError``, because that is what SB3's algorithms raise."""
 
 
 def why_not_modelled(observation_space: spaces.Space[Any], replay_buffer_class: type[ReplayBuffer]) -> str | None:

@@ -54,11 +54,12 @@ def rollout_length_at(step: int, rollout_length: RolloutLength) -> int:
 
 def real_ratio_at(progress_remaining: float, real_ratio: float | Callable[[float], float]) -> float:
     """
-    :param progress_remaining: from 1 (start of ``learn``) to 0 (its end)
+    :param progress_remaining: from 1 (start of ``learn``) to 0 (its end); below, where SB3's last rollout overshoots, it
+        counts as 0
     :param real_ratio: share of real rows in a batch, or a schedule of it
     :raises ValueError: when the share lies outside [0, 1]
     """
-    ratio = float(real_ratio(progress_remaining) if callable(real_ratio) else real_ratio)
+    ratio = float(real_ratio(max(progress_remaining, 0.0)) if callable(real_ratio) else real_ratio)
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(
             f"`real_ratio` must lie between 0 (only imagined rows) and 1 (plain SAC), but got {ratio}. The paper uses 0.05."

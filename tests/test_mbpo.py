@@ -357,6 +357,13 @@ def test_bad_parameters_are_refused_at_once(kwargs, message):
         MBPO("MlpPolicy", LineEnv(), **kwargs)
 
 
+def test_bad_parameters_are_refused_on_loading_too(tmp_path):
+    make().save(tmp_path / "model")
+    for name in ("dynamics_train_freq", "rollout_batch_size", "rollout_retain_steps", "policy_delay", "rollout_length"):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            MBPO.load(tmp_path / "model", **{name: 0})
+
+
 def test_other_action_spaces_are_refused():
     with pytest.raises(ValueError, match=r"Box action space.*Discrete\(2\).*DQN"):
         MBPO("MlpPolicy", "CartPole-v1")
