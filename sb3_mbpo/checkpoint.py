@@ -49,6 +49,7 @@ def save_checkpoint(model: MBPO, folder: str | Path, keep: int = 2) -> Path:
         store.sync()
         write_json(path, content)
     except Exception as error:
+        path.unlink(missing_ok=True)  # only the last sync can fail when it is there already
         store.take_back()
         if isinstance(error, OSError):
             reason = f"{error.strerror}: the checkpoint was not written, the earlier ones are as they were"
