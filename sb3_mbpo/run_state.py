@@ -38,7 +38,6 @@ def collect(model: MBPO, store: BlobStore) -> dict[str, Any]:
         elites, counters, schedules and the spaces with their random streams
     """
     env = model.get_env()
-    started = env is not None and model._last_obs is not None
     file = io.BytesIO()
     model.save(file)
     return {
@@ -50,7 +49,7 @@ def collect(model: MBPO, store: BlobStore) -> dict[str, Any]:
         "vec_normalize": [_collect_vec_normalize(wrapper) for wrapper in _vec_normalizes(env)],
         "streams": global_streams(),
         "episodes_begin": episodes_begin(model),
-        "environments": _collect_environments(model, env) if env is not None and started else None,
+        "environments": None if env is None or model._last_obs is None else _collect_environments(model, env),
     }
 
 
@@ -229,8 +228,9 @@ def _statistics(content: dict[str, Any]) -> RunningMeanStd:
 
 
 def _collect_environments(model: MBPO, env: VecEnv) -> dict[str, Any]:
-    if episodes_begin(model) and model._episode_streams is not None:
-        return {"before": model._episode_streams.before, "after": model._episode_streams.after}
+    streams = model._episode_streams
+    if episodes_begin(model) and streams is not None and None not in streams.before:
+        return {"before": streams.before, "after": streams.after}
     return {"before": environment_streams(env), "after": [None] * env.num_envs}
 
 

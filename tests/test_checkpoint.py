@@ -168,6 +168,9 @@ def test_a_model_that_has_not_learned_yet_and_one_just_loaded_can_be_saved(tmp_p
     resumed.learn(60, reset_num_timesteps=False)
     forget_the_streams()
     assert all_equal(load_checkpoint(tmp_path / "second", make_env()).learn(60, reset_num_timesteps=False), resumed)
+    save_checkpoint(make(make_env()).learn(0), tmp_path / "reset")
+    first, second = (load_checkpoint(tmp_path / "reset", make_env()) for _ in range(2))
+    assert (first._last_obs == second._last_obs).all()
 
 
 def test_vec_normalize_inside_vec_normalize_comes_back(tmp_path):
