@@ -48,7 +48,6 @@ def collect(model: MBPO, store: BlobStore) -> dict[str, Any]:
         "imagined": None if model.imagined_buffer is None else _collect_imagined(model, store),
         "vec_normalize": [_collect_vec_normalize(wrapper) for wrapper in _vec_normalizes(env)],
         "streams": global_streams(),
-        "episodes_begin": episodes_begin(model),
         "environments": None if env is None or model._last_obs is None else _collect_environments(model, env),
     }
 
@@ -74,8 +73,7 @@ def restore(
     _restore_buffer(model.replay_buffer, content["replay_buffer"], store)
     if content["imagined"] is not None:
         _restore_imagined(model, content["imagined"], store)
-    if not content["episodes_begin"]:
-        _end_last_episodes(model.replay_buffer)
+    _end_last_episodes(model.replay_buffer)
     vec_env = model.get_env()
     assert vec_env is not None
     wrappers = _vec_normalizes(vec_env)
@@ -145,7 +143,9 @@ def _restore_buffer(buffer: ReplayBuffer, content: dict[str, Any], store: BlobSt
 
 
 def _end_last_episodes(buffer: ReplayBuffer) -> None:
-    """The environments begin anew: n-step returns, goals and next observations must not reach across the seam."""
+    """If any are still open: n-step returns, goals and next observations must not reach into the episodes to come."""
+    if buffer.size() == 0:
+        return
     if isinstance(buffer, HerReplayBuffer):
         buffer.truncate_last_trajectory()
         return
