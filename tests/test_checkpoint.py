@@ -140,7 +140,11 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(name, tmp_path):
     def saving(folder):
         return CheckpointCallback(20, folder, keep=99, at_episode_end=True)
 
-    (make_env, kwargs), folder = RUNS[name], tmp_path / "run"
+    def make_env():
+        envs.append(RUNS[name][0]())
+        return envs[-1]
+
+    envs, kwargs, folder = [], RUNS[name][1], tmp_path / "run"
     never_stopped = make(make_env(), **kwargs).learn(130, saving(folder))
     saved = sorted(checkpoints(folder))
     assert len(saved) >= 4 and (name == "idle" or len(never_stopped.imagined_buffer) > 0)
@@ -153,6 +157,8 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(name, tmp_path):
         assert f"_{resumed.num_timesteps}_steps" in path.name and not all_equal(resumed, never_stopped)
         resumed.learn(130 - resumed.num_timesteps, saving(copy), reset_num_timesteps=False)
         assert all_equal(resumed, never_stopped)
+    for env in envs:
+        env.close()  # the subprocesses
 
 
 def test_a_model_that_has_not_learned_yet_and_one_just_loaded_can_be_saved(tmp_path):
