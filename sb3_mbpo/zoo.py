@@ -38,9 +38,9 @@ def sample_mbpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     return convert_mbpo_params(trial.params)
 
 
-def convert_mbpo_params(sampled: dict[str, Any]) -> dict[str, Any]:
+def convert_mbpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """:return: the same: what was sampled are MBPO's parameters by name"""
-    return dict(sampled)
+    return dict(sampled_params)
 
 
 def register() -> None:
