@@ -10,17 +10,15 @@ import re
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_mbpo.mbpo import MBPO
-from sb3_mbpo.run_state import blob_names, collect, episodes_begin, restore
+from sb3_mbpo.run_state import SomeMBPO, blob_names, collect, episodes_begin, restore
 from sb3_mbpo.schedules import check_positive
 from sb3_mbpo.storage import BlobStore, DamagedFileError, UnreadableFileError, read_json, write_json
-
-SomeMBPO = TypeVar("SomeMBPO", bound=MBPO)
 
 #: A number that counts the checkpoints of the folder, and the environment steps. Other files in it are not ours.
 NAME = re.compile(r"\d{6,}_\d+_steps\.json")

@@ -93,7 +93,6 @@ class MBPO(ResumableSAC):
     :raises ValueError: for a value out of range, an unknown name in ``dynamics_kwargs`` or an action space other than Box
     """
 
-    replay_buffer: ReplayBuffer
     dynamics: Dynamics | None  # None: these observations are not modelled
     imagined_buffer: ImaginedBuffer | None
 

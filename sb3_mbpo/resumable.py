@@ -39,6 +39,7 @@ class ResumableSAC(SAC):
     explains a file of another algorithm.
     """
 
+    replay_buffer: ReplayBuffer
     _generator_state: State | None = None  # of the loaded file
 
     def _setup_model(self) -> None:
@@ -65,18 +66,11 @@ class ResumableSAC(SAC):
             self._episode_streams = EpisodeStreams([None] * self.env.num_envs, environment_streams(self.env))
         return result
 
-    def _store_transition(
-        self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: np.ndarray,
-        new_obs: np.ndarray | dict[str, np.ndarray],
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        if dones.any() and self.env is not None and self._episode_streams is not None:
-            self._episode_streams.begin(self.env, np.flatnonzero(dones).tolist())
+    def _store_transition(self, *args: Any, **kwargs: Any) -> None:
+        super()._store_transition(*args, **kwargs)
+        ended = np.flatnonzero(self.replay_buffer.dones[self.replay_buffer.pos - 1])
+        if len(ended) and self.env is not None and self._episode_streams is not None:
+            self._episode_streams.begin(self.env, ended.tolist())
 
     def save(
         self,

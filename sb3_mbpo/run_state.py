@@ -105,9 +105,7 @@ def _row_arrays(buffer: ReplayBuffer) -> dict[str, np.ndarray]:
 
 def _collect_buffer(buffer: ReplayBuffer, store: BlobStore) -> dict[str, Any]:
     arrays = _row_arrays(buffer)
-    lost = {
-        name for name in vars(buffer) if name not in KNOWN_TO_BUFFERS and name not in {key.split("/")[0] for key in arrays}
-    }
+    lost = set(vars(buffer)) - KNOWN_TO_BUFFERS - {name.split("/")[0] for name in arrays}
     if isinstance(buffer, HerReplayBuffer) and buffer.copy_info_dict:
         lost.add("infos")
     if lost:
