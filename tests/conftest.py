@@ -1,6 +1,6 @@
 import os
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare with models on the CPU
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests compare with models on the CPU
 
 import gymnasium as gym
 import numpy as np
@@ -57,6 +57,26 @@ class LineEnv(gym.Env):
         self.steps += 1
         ended = bool(abs(self.x[0]) > 3.0)
         return self._observation(), -abs(self.x[0]) - 10.0 * ended, ended, self.steps >= 20, {}
+
+
+class NoiseEnv(gym.Env):
+    """Observations and rewards that nothing explains, of any shape. Every 10th step ends an episode."""
+
+    def __init__(self, shape: tuple[int, ...] = (3,), action_dim: int = 1) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, shape, np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (action_dim,), np.float32)
+        self.steps = 0
+
+    def _observation(self):
+        return self.np_random.normal(size=self.observation_space.shape).astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._observation(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self._observation(), self.np_random.normal(), self.steps % 10 == 0, False, {}
 
 
 def best_line_return(x: float) -> float:
