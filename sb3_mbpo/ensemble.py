@@ -2,10 +2,19 @@
 
 import itertools
 import math
+from typing import Any
 
 import torch as th
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+
+from sb3_mbpo.products import linear
+
+#: Activations without parameters and without chance.
+PURE_ACTIVATIONS = (nn.SiLU, nn.ReLU, nn.Tanh, nn.ELU, nn.GELU, nn.Softplus, nn.LeakyReLU, nn.Mish)
+#: Numbers of rows that vary are filled up to a multiple of this: oneDNN makes, and keeps, one kernel for each shape.
+ROWS_PER_BLOCK = 128
 
 
 class GaussianEnsemble(nn.Module):
@@ -54,6 +63,12 @@ class GaussianEnsemble(nn.Module):
         :return: mean and log-variance, (ensemble, batch, output_dim) each
         """
         hidden = inputs.expand(self.ensemble_size, -1, -1)
+        if hidden.device.type == "cpu" and not th.is_grad_enabled():
+            return self._gaussian(th.stack([self._forward_member(rows, member) for member, rows in enumerate(hidden)]))
+        is_pure = type(self.activation) in PURE_ACTIVATIONS and not getattr(self.activation, "inplace", False)
+        if hidden.device.type == "cpu" and is_pure:
+            outputs: th.Tensor = _MemberByMember.apply(self.activation, hidden, *self.weights, *self.biases)  # type: ignore[no-untyped-call]
+            return self._gaussian(outputs)
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             hidden = th.baddbmm(bias, self.activation(hidden) if layer else hidden, weight)
         return self._gaussian(hidden)
@@ -72,15 +87,74 @@ class GaussianEnsemble(nn.Module):
         return self._gaussian(outputs[th.argsort(order)])
 
     def _forward_member(self, hidden: th.Tensor, member: int) -> th.Tensor:
+        n_rows = len(hidden)
+        hidden = F.pad(hidden, (0, 0, 0, -n_rows % ROWS_PER_BLOCK)) if n_rows > ROWS_PER_BLOCK else hidden
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            hidden = th.addmm(bias[member], self.activation(hidden) if layer else hidden, weight[member])
-        return hidden
+            hidden = linear(self.activation(hidden) if layer else hidden, weight[member].t(), bias[member, 0])
+        return hidden[:n_rows]
 
     def _gaussian(self, outputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         mean, log_var = outputs.chunk(2, dim=-1)
         log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
         log_var = self.min_log_var + F.softplus(log_var - self.min_log_var)
         return mean, log_var
+
+
+class _MemberByMember(th.autograd.Function):
+    """
+    The layers of an ensemble, one member after the other: on a CPU, the values of one member stay in its cache, where
+    those of all members would not.
+
+    With :math:`z_l = h_{l-1} W_l + b_l` and :math:`h_l = f(z_l)`, a gradient :math:`g_l` of :math:`z_l` passes back
+
+    .. math:: g_{W_l} = h_{l-1}^T g_l, \\quad g_{b_l} = \\sum_{rows} g_l, \\quad g_{l-1} = f'(z_{l-1}) \\odot g_l W_l^T
+    """
+
+    @staticmethod
+    def forward(ctx: Any, activation: nn.Module, inputs: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
+        """
+        :param activation: between the layers
+        :param inputs: (ensemble, batch, input_dim)
+        :param parameters: the weights of all layers, (ensemble, fan_in, fan_out), then their biases, (ensemble, 1, fan_out)
+        :return: (ensemble, batch, fan_out of the last layer)
+        """
+        n_layers = len(parameters) // 2
+        weights, biases = parameters[:n_layers], parameters[n_layers:]
+        layer_inputs, outputs = [], []
+        for member, values in enumerate(inputs):
+            for layer in range(n_layers):
+                layer_inputs.append(values)  # before the activation
+                hidden = activation(values) if layer else values
+                values = linear(hidden, weights[layer][member].t(), biases[layer][member, 0])
+            outputs.append(values)
+        ctx.activation = activation
+        ctx.n_layers = n_layers
+        ctx.save_for_backward(*weights, *layer_inputs)
+        return th.stack(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_outputs: th.Tensor) -> tuple[th.Tensor | None, ...]:
+        """:param d_outputs: gradient of what ``forward`` returned"""
+        n_layers = ctx.n_layers
+        weights, layer_inputs = ctx.saved_tensors[:n_layers], ctx.saved_tensors[n_layers:]
+        d_weights = [th.empty_like(weight) for weight in weights]
+        d_biases = [weight.new_empty(len(weight), 1, weight.shape[2]) for weight in weights]
+        d_inputs = []
+        for member, gradient in enumerate(d_outputs):
+            for layer in reversed(range(n_layers)):
+                values = layer_inputs[member * n_layers + layer]
+                with th.enable_grad():
+                    values = values.detach().requires_grad_()
+                    hidden = ctx.activation(values) if layer else values
+                if any(ctx.needs_input_grad[2:]):
+                    d_weights[layer][member] = linear(hidden.detach().t(), gradient.t())
+                    d_biases[layer][member, 0] = gradient.sum(dim=0)
+                if layer:
+                    (gradient,) = th.autograd.grad(hidden, values, linear(gradient, weights[layer][member]))
+            if ctx.needs_input_grad[1]:
+                d_inputs.append(linear(gradient, weights[0][member]))
+        return None, th.stack(d_inputs) if d_inputs else None, *d_weights, *d_biases
 
 
 class TerminationHead(nn.Module):

@@ -4,6 +4,7 @@ import pytest
 import torch as th
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from sb3_mbpo.ensemble import GaussianEnsemble, TerminationHead
 from sb3_mbpo.scaler import Standardizer
@@ -55,6 +56,110 @@ def test_each_row_costs_one_member(ensemble, generator):
     assert touched.tolist() == [False, True, False, False]
 
 
+def plain_formula(ensemble: GaussianEnsemble, inputs: th.Tensor, weights, biases) -> tuple[th.Tensor, th.Tensor]:
+    """All members at once, by autograd's own operators."""
+    hidden = inputs.expand(ensemble.ensemble_size, -1, -1)
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        hidden = th.baddbmm(bias, hidden if layer == 0 else ensemble.activation(hidden), weight)
+    mean, log_var = hidden.chunk(2, dim=-1)
+    log_var = ensemble.max_log_var - F.softplus(ensemble.max_log_var - log_var)
+    return mean, ensemble.min_log_var + F.softplus(log_var - ensemble.min_log_var)
+
+
+def with_biases(ensemble: GaussianEnsemble, generator: th.Generator) -> GaussianEnsemble:
+    for bias in ensemble.biases:
+        nn.init.normal_(bias, generator=generator)
+    return ensemble
+
+
+ACTIVATIONS = pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.Tanh])
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("net_arch", [[32, 24], [20], [], [8, 40, 16]])
+@pytest.mark.parametrize("is_shared", [False, True], ids=["own rows", "shared rows"])
+def test_outputs_and_gradients_equal_those_of_the_plain_formula(activation, net_arch, is_shared, generator):
+    ensemble = with_biases(GaussianEnsemble(18, 9, 3, net_arch, activation, generator), generator)
+    inputs = th.randn(*([] if is_shared else [3]), 40, 18, generator=generator).requires_grad_()
+    weights, biases = ([p.detach().clone().requires_grad_() for p in ps] for ps in (ensemble.weights, ensemble.biases))
+    twin = inputs.detach().clone().requires_grad_()
+    factors = th.randn(2, 3, 40, 9, generator=generator)
+
+    got, expected = ensemble(inputs), plain_formula(ensemble, twin, weights, biases)
+    (factors[0] * got[0] + factors[1] * got[1].square()).sum().backward()
+    bounds = [bound.grad.clone() for bound in (ensemble.max_log_var, ensemble.min_log_var)]
+    (factors[0] * expected[0] + factors[1] * expected[1].square()).sum().backward()
+
+    for ours, reference in zip(got, expected, strict=True):
+        th.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+    for ours, reference in zip([*ensemble.weights, *ensemble.biases, inputs], [*weights, *biases, twin], strict=True):
+        assert reference.grad.abs().max() > 1e-2
+        th.testing.assert_close(ours.grad, reference.grad, rtol=1e-3, atol=1e-3)
+    for bound, reference in zip((ensemble.max_log_var, ensemble.min_log_var), bounds, strict=True):
+        th.testing.assert_close(bound.grad, 2 * reference, rtol=1e-4, atol=1e-4)  # both went into it
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("shape", [(2, 3, 4), (3, 4)], ids=["own rows", "shared rows"])
+def test_gradients_equal_finite_differences(activation, shape, generator):
+    ensemble = with_biases(GaussianEnsemble(4, 2, 2, [3, 5], activation, generator), generator).double()
+    names, parameters = zip(*ensemble.named_parameters(), strict=True)
+    inputs = th.randn(shape, generator=generator).double().requires_grad_()
+
+    def outputs(inputs, *parameters):
+        return functional_call(ensemble, dict(zip(names, parameters, strict=True)), inputs)
+
+    assert th.autograd.gradcheck(outputs, (inputs, *parameters))
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 127, 128, 129, 300])
+def test_forward_is_the_same_with_and_without_gradients(n_rows, generator):
+    ensemble = with_biases(GaussianEnsemble(18, 9, 3, [32, 24], nn.SiLU, generator), generator)
+    for inputs in (th.randn(n_rows, 18, generator=generator), th.randn(3, n_rows, 18, generator=generator)):
+        recorded = ensemble(inputs)
+        with th.no_grad():
+            unrecorded = ensemble(inputs)
+            expected = plain_formula(ensemble, inputs, ensemble.weights, ensemble.biases)
+        assert recorded[0].requires_grad and not unrecorded[0].requires_grad
+        for part, reference in enumerate(expected):
+            assert recorded[part].shape == unrecorded[part].shape == (3, n_rows, 9)
+            th.testing.assert_close(recorded[part], reference, rtol=1e-4, atol=1e-5)
+            th.testing.assert_close(unrecorded[part], reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_rows", [129, 300, 1000])
+def test_grouped_rows_equal_the_plain_formula_beyond_a_block(n_rows, generator):
+    ensemble = with_biases(GaussianEnsemble(18, 9, 3, [32, 24], nn.SiLU, generator), generator)
+    inputs, members = th.randn(n_rows, 18, generator=generator), th.randint(3, (n_rows,), generator=generator)
+    with th.no_grad():
+        got = ensemble.forward_members(inputs, members)
+        expected = plain_formula(ensemble, inputs, ensemble.weights, ensemble.biases)
+    for ours, reference in zip(got, expected, strict=True):
+        th.testing.assert_close(ours, reference[members, th.arange(n_rows)], rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_members_pass_gradients_to_their_inputs(generator):
+    ensemble = with_biases(GaussianEnsemble(18, 9, 3, [32, 24], nn.SiLU, generator), generator).requires_grad_(False)
+    inputs = th.randn(3, 40, 18, generator=generator).requires_grad_()
+    twin = inputs.detach().clone().requires_grad_()
+    ensemble(inputs)[0].square().sum().backward()
+    plain_formula(ensemble, twin, ensemble.weights, ensemble.biases)[0].square().sum().backward()
+    assert all(parameter.grad is None for parameter in ensemble.parameters())
+    th.testing.assert_close(inputs.grad, twin.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_trained_biases_of_frozen_weights_get_their_gradients(generator):
+    ensemble = with_biases(GaussianEnsemble(18, 9, 3, [32, 24], nn.SiLU, generator), generator)
+    ensemble.weights.requires_grad_(False)
+    inputs = th.randn(40, 18, generator=generator)
+    biases = [bias.detach().clone().requires_grad_() for bias in ensemble.biases]
+    ensemble(inputs)[0].square().sum().backward()
+    plain_formula(ensemble, inputs, ensemble.weights, biases)[0].square().sum().backward()
+    for bias, reference in zip(ensemble.biases, biases, strict=True):
+        th.testing.assert_close(bias.grad, reference.grad, rtol=1e-3, atol=1e-3)
+    assert all(weight.grad is None for weight in ensemble.weights)
+
+
 def test_initial_weights_are_truncated_normals(generator):
     ensemble = GaussianEnsemble(100, 50, 7, [200, 200], nn.SiLU, generator)
     for weight in ensemble.weights:
@@ -87,3 +192,17 @@ def test_standardizer_against_numpy_and_with_a_constant_dimension(generator):
 def test_termination_head_says_never_before_its_first_fit(generator):
     head = TerminationHead(4, 8, generator)
     assert not head.terminated(100 * th.randn(500, 4, generator=generator)).any()
+
+
+@pytest.mark.parametrize("activation_fn", [nn.PReLU, lambda: nn.ReLU(inplace=True)], ids=["parameters", "in place"])
+def test_other_activations_have_their_gradients_too(activation_fn, generator):
+    ensemble = GaussianEnsemble(3, 2, 2, [5], activation_fn, generator)
+    inputs = th.randn(2, 6, 3, generator=generator)
+    mean, log_var = ensemble(inputs)
+    (mean.square() + log_var).sum().backward()
+    for member in range(2):
+        hidden = inputs[member] @ ensemble.weights[0][member] + ensemble.biases[0][member]
+        slope = getattr(ensemble.activation, "weight", th.zeros(1))
+        outputs = th.where(hidden > 0, hidden, slope * hidden) @ ensemble.weights[1][member] + ensemble.biases[1][member]
+        th.testing.assert_close(mean[member], outputs[:, :2])
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in ensemble.parameters())
