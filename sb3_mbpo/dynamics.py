@@ -1,5 +1,6 @@
 """The learned dynamics: raw observations and scaled actions in, a Gaussian over the raw next observation and reward out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ MAX_STDS_FROM_DATA = 10.0
 @dataclass(frozen=True)
 class DynamicsConfig:
     """
-    What ``dynamics_kwargs`` may hold. The defaults are the paper's (Janner et al. 2019, code), but for the last.
+    What ``dynamics_kwargs`` may hold. The defaults are the paper's (Janner et al. 2019, code), but for the learning rate
+    (there 1e-3), ``max_gradient_steps`` and ``normalize_targets``.
 
     :param ensemble_size: number of members
     :param n_elites: members that imagine, those of lowest holdout error
@@ -33,10 +35,11 @@ class DynamicsConfig:
     :param batch_size: rows per member and gradient step
     :param holdout_ratio: share of the real transitions that is kept from training and ranks the members
     :param max_holdout: upper bound of the holdout, in rows
-    :param patience: the fit stops after more than this many epochs in which no member improved; epochs of less than 10
-        gradient steps count together
-    :param improvement: relative fall of a member's holdout error that counts as an improvement
-    :param max_gradient_steps: upper bound of the gradient steps of one fit; ``None``: no bound
+    :param max_gradient_steps: of the first fit and of each later one, or one int for all. The learning rate falls to zero in
+        the last fifth. ``None``: the paper's rule: as many epochs as ``patience`` allows, the learning rate stays
+    :param patience: by the paper's rule, a fit stops after more than this many epochs in which no member improved; epochs of
+        less than 10 gradient steps count together
+    :param improvement: by the paper's rule, the relative fall of a member's holdout error that counts as an improvement
     :param normalize_targets: whether to standardise the targets too, state and reward each on its own
         (arXiv 2510.01457); ``False`` is the paper's
     """
@@ -45,14 +48,14 @@ class DynamicsConfig:
     n_elites: int = 5
     net_arch: tuple[int, ...] = (200, 200, 200, 200)
     activation_fn: type[nn.Module] = nn.SiLU
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     weight_decay: float | tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
     batch_size: int = 256
     holdout_ratio: float = 0.2
     max_holdout: int = 5000
+    max_gradient_steps: int | tuple[int, int] | None = (2000, 250)
     patience: int = 5
     improvement: float = 0.01
-    max_gradient_steps: int | None = None
     normalize_targets: bool = True
 
     @classmethod
@@ -75,7 +78,6 @@ class DynamicsConfig:
 
     def _check(self) -> None:
         whole = ["ensemble_size", "n_elites", "batch_size", "max_holdout", "patience"]
-        whole += [] if self.max_gradient_steps is None else ["max_gradient_steps"]
         for name in whole:
             if not isinstance(getattr(self, name), Integral):
                 raise ValueError(f"dynamics_kwargs[{name!r}] must be an int, but got {getattr(self, name)!r}.")
@@ -92,11 +94,16 @@ class DynamicsConfig:
             ("max_holdout", self.max_holdout >= 1, "at least 1"),
             ("patience", self.patience >= 0, "at least 0"),
             ("improvement", 0 <= self.improvement < 1, "at least 0 and below 1"),
-            ("max_gradient_steps", self.max_gradient_steps is None or self.max_gradient_steps >= 1, "None or at least 1"),
+            ("max_gradient_steps", _are_steps(self.max_gradient_steps), "None, an int of at least 1, or two of them"),
         ]
         for name, holds, expected in rules:
             if not holds:
                 raise ValueError(f"dynamics_kwargs[{name!r}] must be {expected}, but got {getattr(self, name)!r}.")
+
+    def max_gradient_steps_of(self, first_fit: bool) -> int | None:
+        """Of the first fit, or of a later one. ``None``: the paper's rule."""
+        steps = self.max_gradient_steps
+        return steps[0 if first_fit else 1] if isinstance(steps, Sequence) else steps
 
     @property
     def layer_decays(self) -> tuple[float, ...]:
@@ -104,6 +111,11 @@ class DynamicsConfig:
         if isinstance(self.weight_decay, (int, float)):
             return (float(self.weight_decay),) * (len(self.net_arch) + 1)
         return tuple(self.weight_decay)
+
+
+def _are_steps(steps: Any) -> bool:
+    numbers = steps if isinstance(steps, Sequence) and len(steps) == 2 else [steps]
+    return steps is None or all(isinstance(number, Integral) and int(number) >= 1 for number in numbers)
 
 
 class GaussianPrediction(NamedTuple):

@@ -16,9 +16,13 @@ from sb3_mbpo.type_aliases import FitResult, Transitions
 
 #: A holdout of one row in five needs a few rows to say anything.
 MIN_TRANSITIONS = 10
-#: The stopping rule looks at the holdout after each epoch, or after several that make this many gradient steps: on a few
+#: The paper's rule looks at the holdout after each epoch, or after several that make this many gradient steps: on a few
 #: hundred rows an epoch is one step, and no step improves anything by 1 %.
 MIN_STEPS_PER_LOOK = 10
+#: A fit of a given number of gradient steps looks at the holdout at most this often, and ...
+N_LOOKS = 5
+#: ... in this last share of them the learning rate falls to zero.
+DECAY_SHARE = 0.2
 
 
 def make_optimizer(dynamics: Dynamics) -> th.optim.Adam:
@@ -133,7 +137,7 @@ def fit_dynamics(
     termination_optimizer: th.optim.Optimizer,
     data: Transitions,
     generator: th.Generator,
-    check_rule: bool,
+    is_first: bool,
 ) -> FitResult:
     """
     Fits the ensemble and, unless the termination rule is known, the termination head.
@@ -143,15 +147,16 @@ def fit_dynamics(
     :param termination_optimizer: of the termination head
     :param data: all real transitions, raw
     :param generator: draws holdouts, bootstraps and batches
-    :param check_rule: whether to hold a known rule against the data first, see :func:`check_termination`
+    :param is_first: whether the dynamics has never been fitted; a known rule is then held against the data, see
+        :func:`check_termination`
     :raises ValueError: when there are fewer than ``MIN_TRANSITIONS``, or the rule contradicts them
     """
     if data.n_rows < MIN_TRANSITIONS:
         raise ValueError(f"Got {data.n_rows} usable real transitions, but a fit needs {MIN_TRANSITIONS}: collect more first.")
-    if check_rule and dynamics.termination_fn is not None:
+    if is_first and dynamics.termination_fn is not None:
         check_termination(dynamics, data)
     start = time.perf_counter()
-    result = fit_ensemble(dynamics, optimizer, data, generator)
+    result = fit_ensemble(dynamics, optimizer, data, generator, is_first)
     if dynamics.termination_fn is not None:
         return result
     precision, recall = fit_termination(dynamics, termination_optimizer, data, generator)
@@ -159,17 +164,24 @@ def fit_dynamics(
     return replace(result, seconds=seconds, termination_precision=precision, termination_recall=recall)
 
 
-def fit_ensemble(dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transitions, generator: th.Generator) -> FitResult:
+def fit_ensemble(
+    dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transitions, generator: th.Generator, is_first: bool
+) -> FitResult:
     """
     Fits scalers and ensemble to the real transitions. Weights and Adam's state carry on from the last fit.
 
-    Holdout, bootstrap, stopping rule, restored weights and elites are those of Janner et al. 2019 (their code, ``bnn.py``).
+    Holdout, bootstrap, restored weights and elites are those of Janner et al. 2019 (their code, ``bnn.py``); so is the end
+    of the fit, if ``max_gradient_steps`` is ``None``. Else its steps are counted, and as the learning rate falls to zero in
+    the last of them, it can be higher in the first: they do with a fraction of the paper's steps, and do not grow with the
+    data.
+
     A loss or a holdout error that is not finite ends the fit: the members return to their best weights and Adam starts anew.
 
     :param dynamics: fitted in place
     :param optimizer: of the ensemble, see :func:`make_optimizer`
     :param data: all real transitions, raw, at least ``MIN_TRANSITIONS``
     :param generator: draws holdout, bootstraps and batches
+    :param is_first: whether the ensemble has never been fitted
     :raises ValueError: when not even the best weights have a finite holdout error
     """
     start = time.perf_counter()
@@ -181,16 +193,23 @@ def fit_ensemble(dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transi
         train.n_rows, (config.ensemble_size, train.n_rows), generator=generator, device=inputs.device
     )  # drawn once: members differ because their data do
 
-    best = BestWeights(ensemble, config.improvement)
-    max_steps = config.max_gradient_steps or sys.maxsize
-    steps_per_epoch = math.ceil(train.n_rows / config.batch_size)
-    epochs_per_look = math.ceil(MIN_STEPS_PER_LOOK / steps_per_epoch)
+    steps_per_epoch = max(1, train.n_rows // config.batch_size)
+    max_steps = config.max_gradient_steps_of(is_first)
+    if max_steps is None:
+        max_steps, steps_per_look = sys.maxsize, math.ceil(MIN_STEPS_PER_LOOK / steps_per_epoch) * steps_per_epoch
+        patience, improvement = config.patience, config.improvement
+    else:
+        steps_per_look = math.ceil(max_steps / N_LOOKS)
+        patience, improvement = N_LOOKS, 0.0  # the steps alone end it, and the last, slow ones count
+
+    best = BestWeights(ensemble, improvement)
+    batches = _batches(train.n_rows, config.batch_size, generator)
     steps = stale_looks = 0
     diverged, train_nll = False, math.nan
-    while stale_looks <= config.patience and steps < max_steps and not diverged:
+    while stale_looks <= patience and steps < max_steps and not diverged:
         likelihoods = []
-        batches = _batches(epochs_per_look, train.n_rows, config.batch_size, generator)
-        for columns in itertools.islice(batches, max_steps - steps):
+        for columns in itertools.islice(batches, min(steps_per_look, max_steps - steps)):
+            _set_learning_rate(optimizer, config.learning_rate * min(1.0, (1 - steps / max_steps) / DECAY_SHARE))
             rows = bootstrap[:, columns]
             loss, likelihood = ensemble_loss(ensemble, inputs[rows], targets[rows])
             optimizer.zero_grad()
@@ -204,6 +223,7 @@ def fit_ensemble(dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transi
             train_nll = th.stack(likelihoods).mean().item()
             stale_looks = 0 if best.update(errors) else stale_looks + 1
     best.restore()
+    _set_learning_rate(optimizer, config.learning_rate)
     if diverged:
         optimizer.state.clear()
 
@@ -231,10 +251,16 @@ def fit_ensemble(dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transi
     )
 
 
-def _batches(epochs: int, n_rows: int, batch_size: int, generator: th.Generator) -> Iterator[th.Tensor]:
-    """Row numbers in a new random order for each epoch, cut into batches."""
-    for _ in range(epochs):
-        yield from th.randperm(n_rows, generator=generator, device=generator.device).split(batch_size)
+def _batches(n_rows: int, batch_size: int, generator: th.Generator) -> Iterator[th.Tensor]:
+    """Row numbers without end: a new random order for each epoch, cut into full batches, the rest left out."""
+    while True:
+        order = th.randperm(n_rows, generator=generator, device=generator.device)
+        yield from order[: max(1, n_rows // batch_size) * batch_size].split(batch_size)
+
+
+def _set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
 
 
 @th.no_grad()

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch as th
@@ -135,7 +137,6 @@ def test_user_functions_that_return_something_else_are_refused(generator, functi
         (dict(net_arch=[8], weight_decay=[1e-5]), r"'weight_decay'\] must be a float, or 2 floats"),
         (dict(holdout_ratio=1.0), "'holdout_ratio'.*above 0 and below 1, but got 1.0"),
         (dict(learning_rate=0.0), "'learning_rate'"),
-        (dict(max_gradient_steps=0), "'max_gradient_steps'"),
         (dict(ensemble_size=5.5), r"'ensemble_size'\] must be an int, but got 5.5"),
         (dict(weight_decay=[]), "'weight_decay'"),
     ],
@@ -143,6 +144,21 @@ def test_user_functions_that_return_something_else_are_refused(generator, functi
 def test_bad_dynamics_kwargs_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         DynamicsConfig.from_kwargs(kwargs)
+
+
+@pytest.mark.parametrize(
+    "steps", [0, -1, 2.0, "ab", "", (), (1,), (1, 0), (0, 1), (1.5, 2), (2, 1.5), (1, 2, 3), (None, 5), [5, None]]
+)
+def test_bad_numbers_of_gradient_steps_are_refused(steps):
+    expected = "dynamics_kwargs['max_gradient_steps'] must be None, an int of at least 1, or two of them"
+    with pytest.raises(ValueError, match=re.escape(f"{expected}, but got {steps!r}.")):
+        DynamicsConfig.from_kwargs(dict(max_gradient_steps=steps))
+
+
+def test_the_gradient_steps_of_a_fit_are_a_number_each_one_for_all_or_not_given():
+    for steps, expected in [((7, 3), [7, 3]), ([7, 3], [7, 3]), (5, [5, 5]), (np.int64(5), [5, 5]), (None, [None, None])]:
+        config = DynamicsConfig.from_kwargs(dict(max_gradient_steps=steps))
+        assert [config.max_gradient_steps_of(first_fit) for first_fit in (True, False)] == expected
 
 
 def test_the_default_weight_decay_follows_the_number_of_layers():

@@ -1,14 +1,17 @@
 import copy
+import math
 
 import pytest
 import torch as th
 from conftest import linear_gaussian, make_dynamics
+from gymnasium import spaces
 
-from sb3_mbpo.dynamics import DynamicsConfig
+from sb3_mbpo.dynamics import Dynamics, DynamicsConfig
 from sb3_mbpo.fit import (
     BestWeights,
     check_termination,
     ensemble_loss,
+    fit_dynamics,
     fit_ensemble,
     fit_termination,
     make_optimizer,
@@ -20,13 +23,13 @@ from sb3_mbpo.type_aliases import Transitions
 
 @pytest.fixture(scope="module")
 def fitted():
-    """A fit to a linear-Gaussian system with known noise, with the default network and stopping rule."""
+    """A fit to a linear-Gaussian system with known noise, with the default network, learning rate and number of steps."""
     th.set_num_threads(1)
     generator = th.Generator().manual_seed(1)
     data, _ = linear_gaussian(16_000, generator)
     dynamics = make_dynamics(generator, net_arch=[200] * 4, weight_decay=DynamicsConfig.weight_decay)
     initial_bounds = dynamics.ensemble.max_log_var.detach().clone(), dynamics.ensemble.min_log_var.detach().clone()
-    result = fit_ensemble(dynamics, make_optimizer(dynamics), data, generator)
+    result = fit_ensemble(dynamics, make_optimizer(dynamics), data, generator, is_first=True)
     return dynamics, result, initial_bounds
 
 
@@ -85,7 +88,7 @@ def test_weight_decay_is_the_papers_penalty_per_layer(generator):
     by_adam = make_dynamics(generator, weight_decay=decays)
     by_loss = copy.deepcopy(by_adam)
     optimizer = make_optimizer(by_adam)
-    plain = th.optim.Adam(by_loss.ensemble.parameters(), lr=1e-3)
+    plain = th.optim.Adam(by_loss.ensemble.parameters(), lr=3e-3)
     inputs, targets = th.randn(3, 20, 3, generator=generator), th.randn(3, 20, 3, generator=generator)
     for _ in range(10):
         optimizer.zero_grad()
@@ -107,7 +110,7 @@ def test_members_differ_because_their_data_do(generator):
     with th.no_grad():
         for parameter in [*dynamics.ensemble.weights, *dynamics.ensemble.biases]:
             parameter.copy_(parameter[:1].expand_as(parameter))
-    fit_ensemble(dynamics, make_optimizer(dynamics), data, generator)
+    fit_ensemble(dynamics, make_optimizer(dynamics), data, generator, is_first=True)
     first, second, third = dynamics.predict(data.observations, data.actions).mean
     assert (first - second).abs().max() > 1e-3 and (second - third).abs().max() > 1e-3
 
@@ -124,7 +127,7 @@ def test_each_bootstrap_draws_with_replacement_once_per_fit(generator, monkeypat
         return ensemble_loss(ensemble, inputs, targets)
 
     monkeypatch.setattr("sb3_mbpo.fit.ensemble_loss", watch)
-    fit_ensemble(dynamics, make_optimizer(dynamics), data, generator)
+    fit_ensemble(dynamics, make_optimizer(dynamics), data, generator, is_first=True)
     epochs = [th.cat(shown[epoch * 5 : epoch * 5 + 5], dim=1).sort(dim=1).values for epoch in range(3)]
     assert epochs[0].shape == (3, 80)  # 20 of 100 rows are held out
     for epoch in epochs[1:]:
@@ -150,18 +153,19 @@ def test_each_member_returns_to_its_own_best_epoch(generator):
         assert [parameter[member].unique().tolist() for member in range(3)] == [[1.0], [0.0], [3.0]]
 
 
-def test_the_fit_ends_with_the_weights_of_lowest_error(generator, monkeypatch):
+@pytest.mark.parametrize("max_gradient_steps", [None, 200])
+def test_the_fit_ends_with_the_weights_of_lowest_error(generator, monkeypatch, max_gradient_steps):
     """The errors that are reported are those of the restored weights, on the holdout, by an independent computation."""
     data, _ = linear_gaussian(300, generator)
-    dynamics = make_dynamics(generator, batch_size=32, patience=3)
+    dynamics = make_dynamics(generator, batch_size=32, patience=3, max_gradient_steps=max_gradient_steps)
     holdouts = []
     monkeypatch.setattr(
         "sb3_mbpo.fit.split_holdout", lambda *arguments: holdouts.append(split_holdout(*arguments)) or holdouts[-1]
     )
     kept, restore = [], BestWeights.restore
     monkeypatch.setattr(BestWeights, "restore", lambda best: kept.append(best.errors.tolist()) or restore(best))
-    result = fit_ensemble(dynamics, make_optimizer(dynamics), data, generator)
-    assert list(result.holdout_mse) == pytest.approx(kept[0], rel=1e-4)  # the lowest of every epoch
+    result = fit_ensemble(dynamics, make_optimizer(dynamics), data, generator, is_first=True)
+    assert list(result.holdout_mse) == pytest.approx(kept[0], rel=1e-4)  # the lowest of every look
     holdout = holdouts[0][1]
     truth = th.cat((holdout.next_observations, holdout.rewards[:, None]), dim=1)
     for member in range(3):
@@ -170,35 +174,204 @@ def test_the_fit_ends_with_the_weights_of_lowest_error(generator, monkeypatch):
         assert scaled.square().mean().item() == pytest.approx(result.holdout_mse[member], rel=1e-3)
 
 
-def test_the_fit_stops_after_more_than_patience_epochs_without_gain(generator):
+def test_counted_steps_end_by_their_number_alone(generator):
+    dynamics = make_dynamics(generator, patience=0, improvement=0.99, max_gradient_steps=20)
+    result = fit_ensemble(dynamics, make_optimizer(dynamics), linear_gaussian(100, generator)[0], generator, is_first=True)
+    assert result.gradient_steps == 20
+
+
+def test_by_the_papers_rule_the_fit_stops_after_more_than_patience_looks_without_gain(generator):
     noise = linear_gaussian(200, generator)[0]._replace(rewards=th.randn(200, generator=generator))
-    # hardly anything counts as a gain; 160 rows make 16 batches of 10, or 5 of 32, or one of 256
+    # hardly anything counts as a gain; 160 rows make 16 batches of 10, or 5 of 32, or one of them all
     for batch_size, steps_per_epoch, epochs_per_look in [(10, 16, 1), (32, 5, 2), (256, 1, 10)]:
-        dynamics = make_dynamics(generator, patience=4, improvement=0.99, batch_size=batch_size)
-        result = fit_ensemble(dynamics, make_optimizer(dynamics), noise, generator)
+        dynamics = make_dynamics(generator, patience=4, improvement=0.99, batch_size=batch_size, max_gradient_steps=None)
+        result = fit_ensemble(dynamics, make_optimizer(dynamics), noise, generator, is_first=True)
         assert result.epochs == (1 + 5) * epochs_per_look  # the first look always improves on nothing
         assert result.gradient_steps == result.epochs * steps_per_epoch
 
 
-def test_max_gradient_steps_is_a_bound(generator):
-    data, _ = linear_gaussian(1000, generator)
-    dynamics = make_dynamics(generator, max_gradient_steps=7)
-    result = fit_ensemble(dynamics, make_optimizer(dynamics), data, generator)
-    assert (result.gradient_steps, result.epochs) == (7, 2)  # four batches of 256 to an epoch
+def steps_and_looks(monkeypatch, data, generator, is_first=True, watched=lambda dynamics: None, **config):
+    """Fits, and follows it from outside. :return: learning rate of each step, steps before each look, FitResult"""
+    dynamics = make_dynamics(generator, **dict(batch_size=32) | config)
+    optimizer, looks = make_optimizer(dynamics), []
+    rates = count_steps(optimizer)
+
+    class Watch(BestWeights):
+        def update(self, errors):
+            looks.append(len(rates))
+            return super().update(errors)
+
+    monkeypatch.setattr("sb3_mbpo.fit.BestWeights", Watch)
+    result = fit_ensemble(dynamics, optimizer, data, generator, is_first)
+    return rates, looks, result
+
+
+def count_steps(optimizer):
+    """:return: a list that gets the learning rate of each step from now on; it must be one for all parameters"""
+    rates = []
+
+    def before_step(optimizer, *_):
+        (rate,) = {group["lr"] for group in optimizer.param_groups}
+        rates.append(rate)
+
+    optimizer.register_step_pre_hook(before_step)
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("max_gradient_steps", "is_first", "looks"),
+    [
+        ((50, 20), True, [10, 20, 30, 40, 50]),
+        ((50, 20), False, [4, 8, 12, 16, 20]),
+        ([50, 20], False, [4, 8, 12, 16, 20]),
+        (20, True, [4, 8, 12, 16, 20]),
+        (20, False, [4, 8, 12, 16, 20]),
+        (23, True, [5, 10, 15, 20, 23]),
+        (5, True, [1, 2, 3, 4, 5]),
+        (3, True, [1, 2, 3]),
+        (1, True, [1]),
+    ],
+)
+def test_a_fit_has_its_number_of_steps_and_five_looks(monkeypatch, generator, max_gradient_steps, is_first, looks):
+    data, _ = linear_gaussian(300, generator)
+    rates, seen, result = steps_and_looks(monkeypatch, data, generator, is_first, max_gradient_steps=max_gradient_steps)
+    assert seen == looks and len(rates) == result.gradient_steps == looks[-1]
+    assert result.epochs == math.ceil(looks[-1] / 7)  # 240 rows are trained on: seven full batches of 32
+
+
+def test_by_default_the_first_fit_makes_2000_steps_and_a_later_one_250(generator):
+    config = DynamicsConfig.from_kwargs(None)
+    assert [config.max_gradient_steps_of(first) for first in (True, False)] == [2000, 250]
+    data, _ = linear_gaussian(50, generator)
+    dynamics = Dynamics(2, spaces.Box(-1, 1, (1,)), DynamicsConfig.from_kwargs(dict(net_arch=[4])), generator)
+    optimizer = make_optimizer(dynamics)
+    for is_first, n_steps in [(True, 2000), (False, 250)]:
+        rates = count_steps(optimizer)
+        assert fit_ensemble(dynamics, optimizer, data, generator, is_first).gradient_steps == len(rates) == n_steps
+        assert rates[0] == rates[n_steps // 2] == 3e-3
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "expected"),
+    [  # constant for the first four fifths, then a line that is zero at the step after the last
+        (20, [0.01] * 17 + [0.0075, 0.005, 0.0025]),
+        (10, [0.01] * 9 + [0.005]),
+        (8, [0.01] * 7 + [0.00625]),
+        (1, [0.01]),
+    ],
+)
+def test_the_learning_rate_falls_to_zero_in_the_last_fifth(monkeypatch, generator, n_steps, expected):
+    data, _ = linear_gaussian(300, generator)
+    for steps, is_first in [(n_steps, True), ((1000, n_steps), False)]:
+        rates, _, _ = steps_and_looks(monkeypatch, data, generator, is_first, max_gradient_steps=steps, learning_rate=0.01)
+        assert rates == pytest.approx(expected)
+
+
+def test_by_the_papers_rule_the_learning_rate_stays(monkeypatch, generator):
+    data, _ = linear_gaussian(300, generator)
+    rates, looks, _ = steps_and_looks(monkeypatch, data, generator, max_gradient_steps=None, learning_rate=0.01)
+    assert set(rates) == {0.01} and looks == list(range(14, len(rates) + 1, 14))  # two epochs of seven batches
+
+
+@pytest.mark.parametrize("max_gradient_steps", [10, None])
+def test_where_the_learning_rate_ended_does_not_matter_to_the_next_fit(generator, max_gradient_steps):
+    data, _ = linear_gaussian(300, generator)
+    untouched = make_dynamics(generator, max_gradient_steps=max_gradient_steps)
+    twins, fits = [], []
+    for learning_rate in (3e-3, 1e-9, 123.0):
+        twins.append(copy.deepcopy(untouched))
+        optimizer = make_optimizer(twins[-1])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        fits.append(fit_ensemble(twins[-1], optimizer, data, th.Generator().manual_seed(1), is_first=False))
+    assert fits[0].holdout_mse == fits[1].holdout_mse == fits[2].holdout_mse
+    for parameters in zip(*(twin.parameters() for twin in twins), strict=True):
+        assert th.equal(parameters[0], parameters[1]) and th.equal(parameters[0], parameters[2])
+
+
+def test_the_cost_of_a_fit_grows_with_the_data_by_the_papers_rule_alone(monkeypatch, generator):
+    small, large = (linear_gaussian(n_rows, generator)[0] for n_rows in (500, 2000))
+    for max_gradient_steps, factor in [((25, 10), 1), (None, 4)]:
+        costs = []
+        for data in (small, large):
+            settings = dict(max_gradient_steps=max_gradient_steps, patience=0, improvement=0.99)
+            _, looks, _ = steps_and_looks(monkeypatch, data, generator, **settings)
+            costs.append(looks[0])
+        assert costs[1] == pytest.approx(factor * costs[0], rel=0.1)
+
+
+def test_batches_are_full_and_each_order_leaves_out_another_rest(generator, monkeypatch):
+    """80 rows are trained on, in batches of 32: two to an order, and 16 rows left out of each."""
+    data = linear_gaussian(100, generator)[0]._replace(rewards=th.arange(100.0))
+    dynamics = make_dynamics(generator, batch_size=32, max_gradient_steps=200, normalize_targets=False)
+    drawn: list[th.Tensor] = []
+    # without the bootstrap, whose rows repeat: each member is shown the rows in their order
+    monkeypatch.setattr("sb3_mbpo.fit.th.randint", lambda n_rows, shape, **_: th.arange(n_rows).expand(shape))
+    monkeypatch.setattr(
+        "sb3_mbpo.fit.ensemble_loss", lambda *arguments: drawn.append(arguments[2][0, :, -1]) or ensemble_loss(*arguments)
+    )
+    fit_ensemble(dynamics, make_optimizer(dynamics), data, generator, is_first=True)
+    assert [len(rows) for rows in drawn] == [32] * 200
+    orders = [th.cat(drawn[first : first + 2]).tolist() for first in range(0, 200, 2)]
+    assert all(len(set(order)) == 64 for order in orders)  # no row twice in an order, across looks as well
+    counts = th.bincount(th.tensor(orders).long().flatten(), minlength=100)
+    assert (counts > 0).sum() == 80
+    # of 100 orders each row is in 80 on average, with a standard deviation of 4
+    assert counts[counts > 0].min() > 80 - 5 * 4 and counts.max() <= 100 and len(set(map(tuple, orders))) == 100
+
+
+def test_a_best_look_in_the_middle_is_what_a_fit_ends_with(generator, monkeypatch):
+    data, _ = linear_gaussian(300, generator)
+    dynamics = make_dynamics(generator, max_gradient_steps=20)
+    weights = []
+    errors = [[3.0, 1.0, 2.0, 2.0, 2.0], [3.0, 2.5, 2.0, 1.0, 1.5], [1.0, 2.0, 2.0, 2.0, 2.0]]
+
+    class Told(BestWeights):
+        def update(self, _):
+            weights.append([weight.detach().clone() for weight in dynamics.ensemble.weights])
+            return super().update(th.tensor(errors)[:, len(weights) - 1])
+
+    monkeypatch.setattr("sb3_mbpo.fit.BestWeights", Told)
+    fit_ensemble(dynamics, make_optimizer(dynamics), data, generator, is_first=True)
+    assert len(weights) == 5
+    for member, best_look in enumerate([1, 3, 0]):
+        for layer, weight in enumerate(dynamics.ensemble.weights):
+            assert th.equal(weight[member], weights[best_look][layer][member])
+
+
+def test_few_steps_recover_a_linear_gaussian_system_about_as_well_as_the_papers_rule():
+    """Errors of the mean where there is no noise, on rows that neither fit has seen; in units of the noise."""
+    errors = {}
+    for name, config in {
+        "few": dict(max_gradient_steps=(2000, 250), learning_rate=3e-3),
+        "paper": dict(max_gradient_steps=None, learning_rate=1e-3),
+    }.items():
+        generator = th.Generator().manual_seed(3)
+        data, _ = linear_gaussian(4000, generator)
+        fresh, clean = linear_gaussian(2000, generator)
+        dynamics = make_dynamics(generator, **config)
+        result = fit_ensemble(dynamics, make_optimizer(dynamics), data, generator, is_first=True)
+        mean = dynamics.predict(fresh.observations, fresh.actions).mean[list(result.elites)]
+        errors[name] = ((mean - clean) / th.tensor([0.05, 0.2, 0.1])).square().mean().item()
+        noise = [0.05**2 / (0.05**2 + 0.38 / 3), 0.2**2 / (0.2**2 + 0.42 / 3), 0.1**2 / (0.1**2 + 2.25 / 3)]
+        assert sum(result.holdout_mse) / 3 == pytest.approx(sum(noise) / 3, rel=0.2)
+    assert errors["few"] < 0.05 and errors["few"] < 1.5 * errors["paper"]
 
 
 def test_weights_and_adam_state_carry_over(generator):
     data, _ = linear_gaussian(500, generator)
     dynamics = make_dynamics(generator, max_gradient_steps=400)
     optimizer = make_optimizer(dynamics)
-    first = fit_ensemble(dynamics, optimizer, data, generator)
+    first = fit_ensemble(dynamics, optimizer, data, generator, is_first=True)
     steps = optimizer.state[dynamics.ensemble.weights[0]]["step"].item()
-    second = fit_ensemble(dynamics, optimizer, data, generator)
+    second = fit_ensemble(dynamics, optimizer, data, generator, is_first=False)
     assert optimizer.state[dynamics.ensemble.weights[0]]["step"].item() == steps + second.gradient_steps
     assert steps == first.gradient_steps
-    cold = fit_ensemble(new := make_dynamics(generator, max_gradient_steps=2), make_optimizer(new), data, generator)
+    cold = fit_ensemble(
+        new := make_dynamics(generator, max_gradient_steps=2), make_optimizer(new), data, generator, is_first=True
+    )
     dynamics.config.__dict__["max_gradient_steps"] = 2
-    warm = fit_ensemble(dynamics, optimizer, data, generator)
+    warm = fit_ensemble(dynamics, optimizer, data, generator, is_first=False)
     assert max(warm.holdout_mse) < 0.5 * min(cold.holdout_mse)
 
 
@@ -270,14 +443,24 @@ def test_a_known_rule_that_contradicts_the_log_is_an_error_that_names_rows(gener
         check_termination(dynamics, data)
 
 
+def test_the_rule_is_held_against_the_log_at_the_first_fit_alone(generator):
+    dynamics = make_dynamics(generator, max_gradient_steps=2)
+    dynamics.termination_fn = takes_tensors(lambda obs, action, next_obs: next_obs[:, 0] > 1.5)
+    arguments = dynamics, make_optimizer(dynamics), None, half_plane(500, generator, threshold=1.0), generator
+    with pytest.raises(ValueError, match="The termination rule disagrees"):
+        fit_dynamics(*arguments, is_first=True)
+    assert fit_dynamics(*arguments, is_first=False).gradient_steps == 2
+
+
 # ---------------------------------------------------------------- what breaks
 
 
-def test_a_loss_that_is_not_finite_ends_the_fit_at_the_best_weights(generator, monkeypatch):
+@pytest.mark.parametrize(("max_gradient_steps", "n_steps"), [(None, 36), ((400, 100), 40)])  # looks after 12 and 20 steps
+def test_a_loss_that_is_not_finite_ends_the_fit_at_the_best_weights(generator, monkeypatch, max_gradient_steps, n_steps):
     data, _ = linear_gaussian(2000, generator)
-    dynamics = make_dynamics(generator)
+    dynamics = make_dynamics(generator, max_gradient_steps=max_gradient_steps)
     optimizer = make_optimizer(dynamics)
-    before = fit_ensemble(dynamics, optimizer, data, generator)
+    before = fit_ensemble(dynamics, optimizer, data, generator, is_first=True)
     assert not before.diverged
     calls = []
 
@@ -287,12 +470,12 @@ def test_a_loss_that_is_not_finite_ends_the_fit_at_the_best_weights(generator, m
         return (loss * th.nan, likelihood * th.nan) if len(calls) == 30 else (loss, likelihood)
 
     monkeypatch.setattr("sb3_mbpo.fit.ensemble_loss", exploding_loss)
-    result = fit_ensemble(dynamics, optimizer, data, generator)
-    assert result.diverged and result.gradient_steps == len(calls) == 42  # looks come after 14 steps
+    result = fit_ensemble(dynamics, optimizer, data, generator, is_first=False)
+    assert result.diverged and result.gradient_steps == len(calls) == n_steps
     assert all(parameter.isfinite().all() for parameter in dynamics.ensemble.parameters())
     assert max(result.holdout_mse) < 1.2 * max(before.holdout_mse)
     monkeypatch.undo()
-    again = fit_ensemble(dynamics, optimizer, data, generator)  # Adam has forgotten the NaN
+    again = fit_ensemble(dynamics, optimizer, data, generator, is_first=False)  # Adam has forgotten the NaN
     assert not again.diverged and max(again.holdout_mse) < 1.2 * max(before.holdout_mse)
 
 
@@ -300,7 +483,9 @@ def test_data_that_no_network_can_hold_are_named(generator):
     data, _ = linear_gaussian(100, generator)
     dynamics = make_dynamics(generator)
     with pytest.raises(ValueError, match=r"cannot be fitted: its holdout errors are .*nan.*the largest reward inf"):
-        fit_ensemble(dynamics, make_optimizer(dynamics), data._replace(rewards=data.rewards * th.inf), generator)
+        fit_ensemble(
+            dynamics, make_optimizer(dynamics), data._replace(rewards=data.rewards * th.inf), generator, is_first=True
+        )
 
 
 def test_near_data_is_ten_standard_deviations_beyond_the_extremes(generator):
