@@ -1,7 +1,7 @@
 """
 Real and imagined transitions side by side.
 
-SB3's replay buffer stays what it is. The imagined rows lie in a ring of their own; a batch for the update is drawn
+SB3's replay buffer stays what it is. The imagined rows lie in a buffer of their own; a batch for the update is drawn
 from both and is normalised once, as SB3 does on sampling. Nothing here knows a network.
 """
 
@@ -13,6 +13,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_mbpo.imagined_buffer import ImaginedBuffer
 from sb3_mbpo.observations import ObservationLayout
 from sb3_mbpo.type_aliases import Transitions
 
@@ -145,79 +146,6 @@ def _is_clipped(observation: np.ndarray | dict[str, np.ndarray] | None, env: Vec
         return False
     parts = [observation[key] for key in env.norm_obs_keys or ()] if isinstance(observation, dict) else [observation]
     return any(bool(np.any(np.abs(part) >= env.clip_obs)) for part in parts)
-
-
-class ImaginedBuffer:
-    """
-    A ring of imagined transitions: the newest ``capacity`` rows, one contiguous float32 row each.
-
-    :param capacity: rows
-    :param obs_dim: of the flattened observation
-    :param action_dim: of the flattened action
-    :param device: where the rows lie
-    """
-
-    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: th.device) -> None:
-        self.capacity = capacity
-        self._widths = [obs_dim, action_dim, obs_dim, 1, 1]
-        self._rows = th.empty(0, sum(self._widths), device=device)  # the ring is made when rows arrive
-        self._pos = 0
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    def add(self, transitions: Transitions) -> None:
-        """Stores a whole round at once; the oldest rows give way. :param transitions: raw, on the same device"""
-        if self._rows.shape[0] == 0:
-            self._rows = self._rows.new_empty(self.capacity, self._rows.shape[1])
-        newest = transitions.rows(th.arange(transitions.n_rows)[-self.capacity :])
-        slots = (self._pos + th.arange(newest.n_rows, device=self._rows.device)) % self.capacity
-        columns = [field if field.dim() == 2 else field.float().unsqueeze(-1) for field in newest]
-        self._rows[slots] = th.cat(columns, dim=-1)
-        self._pos = (self._pos + newest.n_rows) % self.capacity
-        self._size = min(self._size + newest.n_rows, self.capacity)
-
-    def newest(self, n_rows: int) -> Transitions:
-        """The last ``n_rows`` that were added (all, if there are fewer), oldest first."""
-        ages = th.arange(min(n_rows, self._size), 0, -1, device=self._rows.device)
-        return self._unpack(self._rows[(self._pos - ages) % self.capacity])
-
-    def ring(self) -> tuple[np.ndarray, int]:
-        """The filled slots as they lie, (rows, columns), and the slot of the next row: for :meth:`set_ring`."""
-        return self._rows[: self._size].cpu().numpy(), self._pos
-
-    def set_ring(self, capacity: int, rows: np.ndarray, pos: int) -> None:
-        """
-        :param capacity: rows from now on
-        :param rows: (rows, columns), at most ``capacity``
-        :param pos: slot of the next row
-        """
-        self.capacity, self._size, self._pos = capacity, len(rows), pos
-        self._rows = self._rows.new_empty(capacity if len(rows) else 0, self._rows.shape[1])
-        self._rows[: len(rows)] = th.as_tensor(rows)
-
-    def resize(self, capacity: int) -> None:
-        """Keeps the newest rows. :param capacity: rows from now on"""
-        if capacity == self.capacity:
-            return
-        kept = self.newest(capacity)
-        resized = ImaginedBuffer(capacity, self._widths[0], self._widths[1], self._rows.device)
-        resized.add(kept)
-        self.__dict__.update(resized.__dict__)
-
-    def sample(self, n_rows: int, generator: th.Generator) -> Transitions:
-        """
-        Uniform, with replacement.
-
-        :param n_rows: how many
-        :param generator: draws the rows
-        """
-        return self._unpack(self._rows[th.randint(self._size, (n_rows,), generator=generator, device=self._rows.device)])
-
-    def _unpack(self, rows: th.Tensor) -> Transitions:
-        observations, actions, next_observations, rewards, terminated = rows.split(self._widths, dim=-1)
-        return Transitions(observations, actions, next_observations, rewards.squeeze(-1), terminated.squeeze(-1) > 0.5)
 
 
 class ModelAugmentedReplayBuffer:

@@ -1,12 +1,43 @@
 """Short rollouts of the current policy inside the learned dynamics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
 
 import torch as th
 from stable_baselines3.sac.policies import Actor
 
 from sb3_mbpo.dynamics import Dynamics
 from sb3_mbpo.type_aliases import ActionSampler, ImaginationResult, Transitions
+
+#: Rows that are simulated together: enough to keep the processor busy, few enough for its cache.
+BLOCK_SIZE = 4096
+
+
+def imagine_round(
+    dynamics: Dynamics,
+    sample_actions: ActionSampler,
+    starts: th.Tensor,
+    length: int,
+    elites: Sequence[int],
+    generator: th.Generator,
+    store: Callable[[Transitions], None],
+) -> ImaginationResult:
+    """
+    :func:`imagine` for any number of starts, block by block.
+
+    :param store: takes the rows of each block
+    :return: the counts of all blocks
+    :raises ValueError: when no row is finite
+    """
+    counts = []
+    for block in starts.split(BLOCK_SIZE):
+        rows, result = imagine(dynamics, sample_actions, block, length, elites, generator)
+        store(rows)
+        counts.append(astuple(result))
+    total = ImaginationResult(*map(sum, zip(*counts, strict=True)))
+    if total.rows == 0 and total.far_from_data == 0:
+        raise ValueError("No imagined row is finite. Check `reward_fn`, and the scale of the observations.")
+    return total
 
 
 @th.no_grad()
@@ -30,8 +61,7 @@ def imagine(
     :param length: k, steps per branch
     :param elites: members that take part
     :param generator: draws members and next states
-    :return: at most ``batch * length`` rows, step by step, and the counts of this round
-    :raises ValueError: when no row is finite
+    :return: at most ``batch * length`` rows, step by step, and their counts
     """
     elite_members = th.tensor(elites, device=starts.device)
     steps: list[Transitions] = []
@@ -51,8 +81,6 @@ def imagine(
         if len(observations) == 0:
             break
     rows = Transitions(*(th.cat(fields) for fields in zip(*steps, strict=True)))
-    if rows.n_rows == 0 and far_from_data == 0:
-        raise ValueError("No imagined row is finite. Check `reward_fn`, and the scale of the observations.")
     return rows, ImaginationResult(rows.n_rows, int(rows.terminated.sum()), not_finite, far_from_data)
 
 

@@ -1,5 +1,6 @@
 """``MBPO``: SB3's SAC, fed mostly with transitions that it imagines. Start reading here."""
 
+import sys
 import time
 from typing import Any, TypeVar
 
@@ -13,7 +14,6 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mbpo.buffers import (
-    ImaginedBuffer,
     ModelAugmentedReplayBuffer,
     check_finite,
     count_usable,
@@ -24,7 +24,8 @@ from sb3_mbpo.buffers import (
 from sb3_mbpo.callback import DynamicsCallback
 from sb3_mbpo.dynamics import Dynamics, DynamicsConfig
 from sb3_mbpo.fit import MIN_TRANSITIONS, fit_dynamics, make_optimizer
-from sb3_mbpo.imagination import imagine, sample_actions
+from sb3_mbpo.imagination import imagine_round, sample_actions
+from sb3_mbpo.imagined_buffer import ImaginedBuffer
 from sb3_mbpo.observations import ObservationLayout, UnsupportedActionSpaceError, why_not_modelled
 from sb3_mbpo.resumable import ResumableSAC
 from sb3_mbpo.schedules import check_positive, check_rollout_length, imagined_capacity, real_ratio_at, rollout_length_at
@@ -78,7 +79,7 @@ class MBPO(ResumableSAC):
     :param rollout_length: steps k of an imagined rollout: an int, or ``(start_step, end_step, k_first, k_last)``,
         linear in environment steps and rounded down
     :param rollout_batch_size: imagined rollouts per round; there is one round after each fit
-    :param rollout_retain_steps: environment steps whose imagined rollouts fill the imagined buffer. It holds
+    :param rollout_retain_steps: environment steps whose rollouts fill the imagined buffer, of
         ``rollout_batch_size * k * rollout_retain_steps / dynamics_train_freq`` rows; the oldest give way
     :param real_ratio: share of real rows in every batch, as a float or a schedule (function of the progress remaining,
         from 1 to 0). 1 is plain SAC
@@ -191,7 +192,9 @@ class MBPO(ResumableSAC):
         self.dynamics_optimizer = make_optimizer(self.dynamics)
         self.termination_optimizer = th.optim.Adam(self.dynamics.termination_head.parameters(), lr=3e-3)
         action_dim = int(np.prod(self.action_space.shape))
-        self.imagined_buffer = ImaginedBuffer(self._imagined_capacity(), self._layout.obs_dim, action_dim, self.device)
+        reserved = max(self._imagined_capacity(step) for step in (0, sys.maxsize))  # lengths only grow, or only shrink
+        capacity = self._imagined_capacity(self.num_timesteps)
+        self.imagined_buffer = ImaginedBuffer(capacity, self._layout.obs_dim, action_dim, self.device, reserved)
         self._read_task()
 
     def _read_task(self) -> None:
@@ -224,8 +227,9 @@ class MBPO(ResumableSAC):
         """
         dynamics = self._modelled_dynamics()
         data = real_transitions(self.replay_buffer, self._layout, self.device)
-        optimizers, is_first = (self.dynamics_optimizer, self.termination_optimizer), self.fit_result is None
-        self.fit_result = fit_dynamics(dynamics, *optimizers, data, self._generator, check_rule=is_first)
+        optimizers = (self.dynamics_optimizer, self.termination_optimizer)
+        is_first = self.fit_result is None or self.fit_result.diverged
+        self.fit_result = fit_dynamics(dynamics, *optimizers, data, self._generator, is_first)
         self._last_fit_timestep = self.num_timesteps
         return self.fit_result
 
@@ -242,11 +246,11 @@ class MBPO(ResumableSAC):
             raise ValueError("Imagining needs a fitted dynamics and real transitions to start from: call `learn` first.")
         starts = th.randint(len(observations), (self.rollout_batch_size,), generator=self._generator, device=self.device)
         self.policy.set_training_mode(False)
-        branches = (observations[starts], self.current_rollout_length(), self.fit_result.elites)
-        rows, self.imagination_result = imagine(dynamics, self._sample_imagined_actions, *branches, self._generator)
-        self.imagined_buffer.resize(self._imagined_capacity())
-        self.imagined_buffer.add(rows)
-        return rows.n_rows
+        self.imagined_buffer.resize(self._imagined_capacity(self.num_timesteps))
+        branches = (observations[starts], self.current_rollout_length(), self.fit_result.elites, self._generator)
+        result = imagine_round(dynamics, self._sample_imagined_actions, *branches, self.imagined_buffer.add)
+        self.imagination_result = result
+        return result.rows
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
@@ -258,10 +262,8 @@ class MBPO(ResumableSAC):
         start = time.perf_counter()
         n_real = batch_size
         if self.imagined_buffer is not None:
-            real_ratio = self._current_real_ratio()
-            buffer = ModelAugmentedReplayBuffer(
-                self.replay_buffer, self.imagined_buffer, self._layout, real_ratio, self.gamma, self._generator
-            )
+            sources = (self.replay_buffer, self.imagined_buffer, self._layout)
+            buffer = ModelAugmentedReplayBuffer(*sources, self._current_real_ratio(), self.gamma, self._generator)
             n_real = buffer.n_real(batch_size)
         if self.idle_reason() is not None or (n_real == batch_size and self.policy_delay == 1):
             super().train(gradient_steps, batch_size)
@@ -342,7 +344,6 @@ class MBPO(ResumableSAC):
     def _current_real_ratio(self) -> float:
         return real_ratio_at(self._current_progress_remaining, self.real_ratio)
 
-    def _imagined_capacity(self) -> int:
-        return imagined_capacity(
-            self.rollout_batch_size, self.current_rollout_length(), self.rollout_retain_steps, self.dynamics_train_freq
-        )
+    def _imagined_capacity(self, step: int) -> int:
+        length = rollout_length_at(step, self.rollout_length)
+        return imagined_capacity(self.rollout_batch_size, length, self.rollout_retain_steps, self.dynamics_train_freq)

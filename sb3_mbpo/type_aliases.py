@@ -28,8 +28,8 @@ class Transitions(NamedTuple):
     rewards: th.Tensor  # (batch,)
     terminated: th.Tensor  # (batch,), bool: the task has ended; a timeout is not an end
 
-    def rows(self, index: th.Tensor) -> "Transitions":
-        """:param index: row numbers, or a mask of shape (batch,)"""
+    def rows(self, index: th.Tensor | slice) -> "Transitions":
+        """:param index: row numbers, a slice, or a mask of shape (batch,)"""
         return Transitions(*(field[index] for field in self))
 
     @property

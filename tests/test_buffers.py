@@ -1,4 +1,6 @@
 import pickle
+from collections import deque
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -10,13 +12,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_mbpo.buffers import (
-    ImaginedBuffer,
     ModelAugmentedReplayBuffer,
     check_finite,
     count_usable,
     mark_clipped_terminals,
     real_transitions,
 )
+from sb3_mbpo.imagined_buffer import ImaginedBuffer
 from sb3_mbpo.observations import ObservationLayout, why_not_modelled
 from sb3_mbpo.type_aliases import Transitions
 
@@ -97,6 +99,109 @@ def test_the_ring_takes_the_bytes_of_its_rows():
     assert ring._rows.nbytes == 0  # until the first row arrives
     ring.add(imagined_rows([1]))
     assert ring._rows.nbytes == 1000 * (2 * 2 + 1 + 2) * 4
+
+
+def ring_with_a_gap(n_added: int, capacity: int, wider: int, n_after: int = 0, reserved: int = 50) -> ImaginedBuffer:
+    """Tags 0 to ``n_added - 1`` in a ring that then grew, ``n_after`` more after that; what is free holds NaN."""
+    ring = ImaginedBuffer(capacity, 2, 1, CPU, reserved)
+    ring.add(imagined_rows([0]))
+    ring._rows[1:] = th.nan
+    ring.add(imagined_rows(range(1, n_added)))
+    rows = ring._rows
+    ring.resize(wider)
+    assert ring._rows is rows
+    held = {float(tag) for tag in range(max(0, n_added - capacity), n_added)}
+    free = th.tensor([slot for slot in range(len(rows)) if rows[slot, 0].item() not in held or slot in moved_away(ring)])
+    rows[free.long()] = th.nan
+    ring.add(imagined_rows(range(n_added, n_added + n_after)))
+    return ring
+
+
+def moved_away(ring: ImaginedBuffer) -> range:
+    """Slots between the newest and the oldest row: they may still hold copies of what was moved to the end."""
+    return range(ring._pos, ring._pos + ring.capacity - len(ring))
+
+
+#: rows added, capacity, capacity after growing, rows added then
+GAPS = [
+    (13, 10, 12, 0), (13, 10, 11, 0), (13, 10, 25, 0), (13, 10, 25, 9), (13, 10, 25, 14), (13, 10, 12, 1), (13, 10, 12, 2),
+    (19, 10, 17, 3), (11, 10, 30, 0), (10, 10, 14, 0), (20, 10, 14, 3), (6, 10, 14, 0), (6, 10, 14, 5), (13, 10, 25, 40),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n_added", "capacity", "wider", "n_after"), GAPS)
+def test_growing_in_place_keeps_the_rows_and_their_order(n_added, capacity, wider, n_after):
+    ring = ring_with_a_gap(n_added, capacity, wider, n_after)
+    held = deque(deque(range(n_added), maxlen=capacity), maxlen=wider)
+    held.extend(range(n_added, n_added + n_after))
+    assert (ring.capacity, len(ring)) == (wider, len(held))
+    assert ring.newest(100).rewards.tolist() == list(held)
+    for n_rows in range(len(held) + 1):
+        assert ring.newest(n_rows).rewards.tolist() == list(held)[len(held) - n_rows :]
+    for tag in range(100, 130):  # the oldest give way, one by one
+        ring.add(imagined_rows([tag]))
+        held.append(tag)
+        assert ring.newest(100).rewards.tolist() == list(held)
+
+
+@pytest.mark.parametrize(("n_added", "capacity", "wider", "n_after"), GAPS)
+def test_every_stored_row_is_drawn_equally_often_and_nothing_else(generator, n_added, capacity, wider, n_after):
+    ring = ring_with_a_gap(n_added, capacity, wider, n_after)
+    held = set(range(n_added)[-capacity:]) | set(range(n_added, n_added + n_after))
+    held = sorted(held)[-wider:]
+    n_draws = 500 * len(held)
+    rows = ring.sample(n_draws, generator)
+    assert rows.observations.isfinite().all() and rows.next_observations.isfinite().all() and rows.actions.isfinite().all()
+    assert set(rows.rewards.tolist()) == set(held)
+    counts = th.bincount(rows.rewards.long())[held]
+    chi_square = ((counts - 500) ** 2 / 500).sum().item()
+    n_free = len(held) - 1  # mean of chi-square, and half its variance
+    assert chi_square < n_free + 5 * (2 * n_free) ** 0.5
+
+
+@pytest.mark.parametrize(("n_added", "capacity", "wider", "n_after"), GAPS)
+def test_a_ring_with_a_gap_goes_on_as_itself_after_a_round_trip(n_added, capacity, wider, n_after):
+    ring = ring_with_a_gap(n_added, capacity, wider, n_after)
+    rows, pos = ring.ring()
+    assert len(rows) == len(ring) and np.isfinite(rows).all()
+    for reserved in (0, 50):
+        other, twin = ImaginedBuffer(3, 2, 1, CPU, reserved), deepcopy(ring)
+        other.add(imagined_rows([1000, 1001]))
+        other.set_ring(ring.capacity, rows.copy(), pos)
+        for wider in [0, 0, 4] * 3:
+            both = (twin, other)
+            assert twin.newest(100).rewards.tolist() == other.newest(100).rewards.tolist()
+            draws = [each.sample(50, th.Generator().manual_seed(1)).rewards.tolist() for each in both]
+            assert draws[0] == draws[1] or reserved == 0  # every row in the slot where it was
+            for each in both:
+                each.resize(each.capacity + wider)
+                each.add(imagined_rows([200, 201]))
+
+
+def test_within_the_reserve_the_memory_stays_where_it_is():
+    ring = ImaginedBuffer(10, 2, 1, CPU, reserved=40)
+    assert ring._rows.nbytes == 0
+    ring.add(imagined_rows(range(13)))
+    place = ring._rows.data_ptr()
+    assert ring._rows.nbytes == 40 * (2 * 2 + 1 + 2) * 4
+    for capacity in (11, 20, 20, 39, 40):
+        ring.resize(capacity)
+        ring.add(imagined_rows(range(7)))
+        assert ring._rows.data_ptr() == place and len(ring._rows) == 40
+    ring.resize(41)  # more than was foreseen
+    assert (len(ring._rows), len(ring)) == (41, 34)  # rows held: 10, 11, 18, 20, 27, 34
+    ring.resize(5)
+    assert len(ring._rows) == 40 and len(ring) == 5
+
+
+def test_a_ring_that_never_held_a_row_takes_any_capacity():
+    ring = ImaginedBuffer(10, 2, 1, CPU, reserved=20)
+    for capacity in (15, 30, 4):
+        ring.resize(capacity)
+        assert (ring.capacity, len(ring), ring._rows.nbytes) == (capacity, 0, 0)
+        assert ring.newest(5).n_rows == 0 and ring.ring()[0].shape == (0, 7)
+    ring.add(imagined_rows(range(6)))
+    assert ring.newest(10).rewards.tolist() == [2, 3, 4, 5]
 
 
 def test_sampling_is_uniform_over_the_filled_part(generator):

@@ -161,6 +161,23 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(name, tmp_path):
         env.close()  # the subprocesses
 
 
+def test_a_run_whose_imagined_buffer_has_just_grown_goes_on_with_the_same_bits(tmp_path):
+    """Then free slots lie between the newest and the oldest row: here after the fits at 180 and 210 steps."""
+    kwargs = dict(dynamics_train_freq=30, rollout_length=(160, 161, 1, 4), rollout_retain_steps=120)
+    never_stopped = make(line(), **kwargs).learn(245, CheckpointCallback(20, tmp_path / "run", keep=99, at_episode_end=True))
+    grown = []
+    for path in sorted(checkpoints(tmp_path / "run")):
+        copy = copy_of(tmp_path / "run", path)
+        resumed = load_checkpoint(copy, line())
+        rows, pos = resumed.imagined_buffer.ring()
+        if pos < len(rows) < resumed.imagined_buffer.capacity:
+            grown.append(resumed.num_timesteps)
+            assert len(rows) == len(resumed.imagined_buffer) and np.isfinite(rows).all()
+            resumed.learn(245 - resumed.num_timesteps, reset_num_timesteps=False)
+            assert all_equal(resumed, never_stopped)
+    assert grown == [180, 200, 220]
+
+
 def test_a_model_that_has_not_learned_yet_and_one_just_loaded_can_be_saved(tmp_path):
     def make_env():
         return VecNormalize(line())

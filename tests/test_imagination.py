@@ -2,8 +2,8 @@ import pytest
 import torch as th
 from conftest import make_dynamics
 
-from sb3_mbpo.imagination import imagine
-from sb3_mbpo.type_aliases import Step
+from sb3_mbpo.imagination import imagine, imagine_round
+from sb3_mbpo.type_aliases import Step, Transitions
 
 
 class CountingDynamics:
@@ -85,9 +85,75 @@ def test_a_round_in_which_all_rows_go_astray_is_empty(generator):
     assert rows.n_rows == result.rows == 0 and result.far_from_data == 2
 
 
-def test_when_no_row_is_finite_it_says_so(generator):
+def round_in_blocks(monkeypatch, dynamics, n_starts, length, block_size, generator, policy=no_action):
+    """:return: the rows of each block, as they were stored, and the counts of the round"""
+    blocks: list[Transitions] = []
+    monkeypatch.setattr("sb3_mbpo.imagination.BLOCK_SIZE", block_size)
+    result = imagine_round(dynamics, policy, starts(n_starts), length, [0], generator, blocks.append)
+    return blocks, result
+
+
+@pytest.mark.parametrize(("n_starts", "block_size"), [(4097, 10), (4097, 4096), (30, 10), (3, 10), (10, 1)])
+def test_a_round_stores_block_by_block_all_of_its_rows(monkeypatch, generator, n_starts, block_size):
+    dynamics = CountingDynamics()
+    blocks, result = round_in_blocks(monkeypatch, dynamics, n_starts, 3, block_size, generator)
+    sizes = [block_size] * (n_starts // block_size) + [n_starts % block_size] * (n_starts % block_size > 0)
+    assert [block.n_rows for block in blocks] == [3 * size for size in sizes]
+    assert dynamics.batch_sizes == [size for size in sizes for _ in range(3)]  # no more rows at once
+    assert (result.rows, result.terminated, result.not_finite, result.far_from_data) == (3 * n_starts, 0, 0, 0)
+    first = 0
+    for block, size in zip(blocks, sizes, strict=True):  # block by block, in each step by step, in each start by start
+        assert block.observations[:, 0].tolist() == list(range(first, first + size)) * 3
+        assert block.observations[:, 1].tolist() == [0] * size + [1] * size + [2] * size
+        first += size
+
+
+def test_a_block_is_stored_before_the_next_is_imagined(monkeypatch, generator):
+    """So that the rows of no more than one block need memory beside the buffer."""
+    dynamics, steps_before = CountingDynamics(), []
+    monkeypatch.setattr("sb3_mbpo.imagination.BLOCK_SIZE", 2)
+    arguments = starts(5), 4, [0], generator
+    imagine_round(dynamics, no_action, *arguments, lambda rows: steps_before.append(len(dynamics.batch_sizes)))
+    assert steps_before == [4, 8, 12]
+
+
+def test_the_counts_of_a_round_are_those_of_all_blocks(monkeypatch, generator):
+    ends, breaks, leaves = {0: 1, 11: 2, 12: 1, 24: 3}, {1: 1, 13: 2}, {2: 2, 14: 1, 23: 1}
+    dynamics = CountingDynamics(ends, breaks, leaves)
+    blocks, result = round_in_blocks(monkeypatch, dynamics, 25, 3, 10, generator)
+    lost = sum(3 - age for age in ends.values()) + sum(4 - age for age in [*breaks.values(), *leaves.values()])
+    assert (result.rows, result.terminated, result.not_finite, result.far_from_data) == (25 * 3 - lost, 4, 2, 3)
+    assert [block.n_rows for block in blocks] == [30 - 2 - 3 - 2, 30 - 1 - 2 - 2 - 3, 15 - 3]
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4096])
+def test_when_no_row_of_a_round_is_finite_it_says_so(monkeypatch, generator, block_size):
+    broken = dict.fromkeys(range(4), 1)
     with pytest.raises(ValueError, match="No imagined row is finite"):
-        imagine(CountingDynamics(breaks={0: 1, 1: 1}), no_action, starts(2), 3, [0], generator)
+        round_in_blocks(monkeypatch, CountingDynamics(breaks=broken), 4, 3, block_size, generator)
+
+
+def test_a_block_without_a_finite_row_is_no_error(monkeypatch, generator):
+    for broken in ([0, 1], [2, 3], [4]):  # the first block, another, the last
+        dynamics = CountingDynamics(breaks=dict.fromkeys(broken, 1))
+        blocks, result = round_in_blocks(monkeypatch, dynamics, 5, 2, 2, generator)
+        assert result.rows == 2 * (5 - len(broken)) and result.not_finite == len(broken)
+        assert sorted(th.cat([block.observations[:, 0] for block in blocks]).unique().tolist()) == sorted(
+            set(range(5)) - set(broken)
+        )
+
+
+def test_a_round_that_is_far_from_the_data_or_not_finite_row_by_row_is_empty(monkeypatch, generator):
+    dynamics = CountingDynamics(breaks={0: 1, 1: 1}, leaves={2: 1, 3: 1})
+    _, result = round_in_blocks(monkeypatch, dynamics, 4, 2, 2, generator)
+    assert (result.rows, result.not_finite, result.far_from_data) == (0, 2, 2)
+
+
+def test_no_two_blocks_draw_the_same(monkeypatch, generator):
+    dynamics, rows = make_dynamics(generator), []
+    monkeypatch.setattr("sb3_mbpo.imagination.BLOCK_SIZE", 3)
+    imagine_round(dynamics, no_action, th.zeros(9, 2), 1, [0, 2], generator, rows.append)
+    assert th.cat([block.rewards for block in rows]).unique().numel() == 9
 
 
 def test_elites_are_drawn_per_row_and_step_and_none_but_them(generator):

@@ -93,6 +93,60 @@ def test_the_imagined_buffer_grows_with_the_rollouts_and_keeps_its_rows():
     assert (model.imagined_buffer.newest(rows + 64).rewards[:64] == before).all()
 
 
+@pytest.mark.parametrize(
+    ("rollout_length", "reserved"), [((60, 100, 1, 5), 320), ((60, 100, 5, 1), 320), (3, 192), ((10**6, 10**6 + 1, 1, 2), 128)]
+)
+def test_the_imagined_buffer_has_memory_for_the_longest_rollouts(rollout_length, reserved, tmp_path):
+    """64 rollouts per round, and as many rounds as there are in ``rollout_retain_steps``: one."""
+    model = make(rollout_length=rollout_length, rollout_retain_steps=20)
+    assert model.imagined_buffer._rows.nbytes == 0
+    model.learn(45).save(tmp_path / "model")
+    assert len(model.imagined_buffer._rows) == reserved
+    assert model.imagined_buffer.capacity == (
+        64 * rollout_length if isinstance(rollout_length, int) else 64 * rollout_length[2]
+    )
+    loaded = MBPO.load(tmp_path / "model", LineEnv()).learn(45)
+    assert len(loaded.imagined_buffer._rows) == reserved
+    place = model.imagined_buffer._rows.data_ptr()
+    for num_timesteps in (75, 99, 200):
+        model.num_timesteps = num_timesteps
+        model.imagine()
+        assert len(model.imagined_buffer._rows) == reserved
+        grows = isinstance(rollout_length, int) or rollout_length[2] < rollout_length[3]
+        assert model.imagined_buffer._rows.data_ptr() == place or not grows
+
+
+def test_a_round_of_several_blocks_is_the_newest_of_the_imagined_buffer(monkeypatch):
+    model = make(rollout_batch_size=50, rollout_length=2).learn(45)
+    monkeypatch.setattr("sb3_mbpo.imagination.BLOCK_SIZE", 15)
+    imagined, step = [], model.dynamics.step
+    model.dynamics.step = lambda *arguments: imagined.append(step(*arguments)) or imagined[-1]
+    n_rows = model.imagine()
+    assert [len(each.rewards) for each in imagined[::2]] == [15, 15, 15, 5] and n_rows == model.imagination_result.rows
+    rewards = th.cat([each.rewards for each in imagined])
+    assert n_rows == len(rewards) and model.imagined_buffer.newest(n_rows).rewards.tolist() == rewards.tolist()
+
+
+def test_the_first_fit_makes_its_steps_and_the_later_ones_theirs(tmp_path):
+    dynamics_kwargs, steps = ACTIVE["dynamics_kwargs"] | dict(max_gradient_steps=(12, 5)), []
+
+    class Steps(BaseCallback):
+        def _on_step(self):
+            result = self.model.fit_result
+            if result is not None and result is not self.__dict__.get("last"):
+                self.last = result
+                steps.append(result.gradient_steps)
+            return True
+
+    model = make(dynamics_kwargs=dynamics_kwargs).learn(62, Steps())
+    assert steps == [12, 5]
+    model.learn(30, Steps())  # the counting begins anew, the dynamics does not
+    assert steps[-1] == model.fit_result.gradient_steps == 5
+    model.save(tmp_path / "model")
+    assert MBPO.load(tmp_path / "model", LineEnv()).learn(41).fit_result.gradient_steps == 5
+    assert make(dynamics_kwargs=dynamics_kwargs).learn(41).fit_result.gradient_steps == 12
+
+
 def test_every_batch_of_train_has_its_real_share(monkeypatch):
     model = make(real_ratio=0.1, batch_size=30)
     model.learn(60)
@@ -349,6 +403,7 @@ def test_the_table_on_stdout_has_room_for_every_key(capsys):
         (dict(rollout_retain_steps=-1), "`rollout_retain_steps`"),
         (dict(policy_delay=0), "`policy_delay`"),
         (dict(dynamics_kwargs=dict(n_elites=8)), "must be from 1 to `ensemble_size`=7, but got 8"),
+        (dict(dynamics_kwargs=dict(max_gradient_steps=(1, 0))), r"'max_gradient_steps'\] must be .*, but got \(1, 0\)"),
         (dict(dynamics_kwargs=dict(hidden=3)), r"got \['hidden'\], which it does not know"),
     ],
 )
@@ -362,6 +417,9 @@ def test_bad_parameters_are_refused_on_loading_too(tmp_path):
     for name in ("dynamics_train_freq", "rollout_batch_size", "rollout_retain_steps", "policy_delay", "rollout_length"):
         with pytest.raises(ValueError, match=f"`{name}` must be"):
             MBPO.load(tmp_path / "model", **{name: 0})
+    for steps in (0, (1,), (1, 0), (1.5, 2), "ab"):
+        with pytest.raises(ValueError, match=r"'max_gradient_steps'\] must be None, an int .* or two of them, but got "):
+            MBPO.load(tmp_path / "model", dynamics_kwargs=ACTIVE["dynamics_kwargs"] | dict(max_gradient_steps=steps))
 
 
 def test_other_action_spaces_are_refused():

@@ -3,6 +3,8 @@
 import itertools
 import math
 import warnings
+from collections import deque
+from dataclasses import astuple
 from fractions import Fraction
 from functools import partial
 
@@ -18,9 +20,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from test_imagination import CountingDynamics, no_action, starts
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.buffers import ImaginedBuffer, ModelAugmentedReplayBuffer, count_usable, real_observations, real_transitions
+from sb3_mbpo.buffers import ModelAugmentedReplayBuffer, count_usable, real_observations, real_transitions
 from sb3_mbpo.fit import MIN_TRANSITIONS, fit_termination
-from sb3_mbpo.imagination import imagine
+from sb3_mbpo.imagination import imagine, imagine_round
+from sb3_mbpo.imagined_buffer import ImaginedBuffer
 from sb3_mbpo.observations import ObservationLayout
 from sb3_mbpo.schedules import check_rollout_length, imagined_capacity, real_ratio_at, rollout_length_at
 from sb3_mbpo.type_aliases import Transitions
@@ -73,31 +76,45 @@ sizes, environments, lives = st.integers(1, 40), st.integers(1, 5), st.dictionar
 outcomes = st.text("-et", min_size=1, max_size=7)
 
 
-@repeatable(300)
+operations = ["add", "add", "resize", "grow", "newest", "sample", "round trip"]
+
+
+@repeatable(600)
 @given(
-    sizes, st.integers(1, 4), st.integers(1, 3),
-    st.lists(st.tuples(st.sampled_from(["add", "add", "resize", "newest", "sample"]), st.integers(0, 120)), max_size=12),
+    sizes, st.integers(1, 4), st.integers(1, 3), st.integers(0, 80),
+    st.lists(st.tuples(st.sampled_from(operations), st.integers(0, 120)), max_size=16),
 )  # fmt: skip
-def test_the_ring_is_a_list_of_the_newest_rows(capacity, obs_dim, action_dim, operations):
-    ring, generator = ImaginedBuffer(capacity, obs_dim, action_dim, CPU), th.Generator().manual_seed(0)
-    held, tags = [], itertools.count(1)
-    for operation, amount in [*operations, ("newest", 10**6)]:
+def test_the_ring_is_a_list_of_the_newest_rows(capacity, obs_dim, action_dim, reserved, operations):
+    ring, generator = ImaginedBuffer(capacity, obs_dim, action_dim, CPU, reserved), th.Generator().manual_seed(0)
+    held, tags = deque(maxlen=capacity), itertools.count(1)
+    for operation, amount in [*operations, ("newest", 10**6), ("sample", 200)]:
+        memory = ring._rows
         if operation == "add":
             new = [next(tags) for _ in range(amount)]
             ring.add(imagined(new, obs_dim, action_dim))
-            held = (held + new)[-capacity:]
-        elif operation == "resize":
-            capacity = amount // 3 + 1
+            held.extend(new)
+        elif operation in ("resize", "grow"):
+            capacity = capacity + amount // 10 if operation == "grow" else amount // 3 + 1
+            is_within = ring.capacity <= capacity <= len(memory)
             ring.resize(capacity)
-            held = held[-capacity:]
+            assert not is_within or ring._rows is memory
+            held = deque(held, maxlen=capacity)
+        elif operation == "round trip":
+            rows, pos = ring.ring()
+            assert sorted(row[-2] for row in rows.tolist()) == sorted(held)
+            ring = ImaginedBuffer(1, obs_dim, action_dim, CPU, reserved + amount % 3)
+            ring.set_ring(capacity, rows.copy(), pos)
         elif operation == "newest":
-            assert same(ring.newest(amount), imagined(held[max(0, len(held) - amount) :], obs_dim, action_dim))
+            expected = list(held)[max(0, len(held) - amount) :]
+            assert same(ring.newest(amount), imagined(expected, obs_dim, action_dim))
         elif held:
             drawn = ring.sample(amount, generator)
             drawn_tags = [int(reward) for reward in drawn.rewards]
             assert len(drawn_tags) == amount and set(drawn_tags) <= set(held)
             assert same(drawn, imagined(drawn_tags, obs_dim, action_dim))
         assert (ring.capacity, len(ring)) == (capacity, len(held))
+        stored, _ = ring.ring()
+        assert sorted(stored[:, -2].tolist()) == sorted(held)
 
 
 @repeatable(300)
@@ -237,17 +254,25 @@ def test_branches_begin_where_the_living_ones_came_to(batch, length, elites, lim
 
 
 @repeatable(100)
-@given(st.integers(1, 200), st.integers(1, 6), lives, lives)
-def test_every_branch_lives_until_it_ends_or_breaks(batch, length, ends, breaks):
+@given(st.integers(1, 200), st.integers(1, 6), lives, lives, st.integers(1, 300))
+def test_every_branch_lives_until_it_ends_or_breaks(batch, length, ends, breaks, block_size):
     n_steps = [min(length, ends.get(name, length), breaks.get(name, length)) for name in range(batch)]
     n_rows = [steps - (breaks.get(name) == steps) for name, steps in enumerate(n_steps)]
-    dynamics = CountingDynamics(ends, breaks)
-    arguments = dynamics, no_action, starts(batch), length, [0], th.Generator().manual_seed(0)
-    if not any(n_rows):
-        with pytest.raises(ValueError, match="No imagined row is finite"):
-            imagine(*arguments)
-        return
-    names = imagine(*arguments)[0].observations[:, 0].tolist()
+    dynamics, blocks = CountingDynamics(ends, breaks), []
+    arguments = dynamics, no_action, starts(batch), length, [0], th.Generator().manual_seed(0), blocks.append
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sb3_mbpo.imagination.BLOCK_SIZE", block_size)
+        if not any(n_rows):
+            with pytest.raises(ValueError, match="No imagined row is finite"):
+                imagine_round(*arguments)
+            return
+        result = imagine_round(*arguments)
+    names = th.cat([block.observations[:, 0] for block in blocks]).tolist()
+    assert len(blocks) == math.ceil(batch / block_size)
+    assert all(block.n_rows <= block_size * length for block in blocks)
+    n_broken = sum(breaks.get(name) == steps for name, steps in enumerate(n_steps))
+    n_ended = sum(ends.get(name) == steps != breaks.get(name) for name, steps in enumerate(n_steps))
+    assert astuple(result) == (sum(n_rows), n_ended, n_broken, 0)
     assert [names.count(name) for name in range(batch)] == n_rows and sum(dynamics.batch_sizes) == sum(n_steps)
 
 
