@@ -76,7 +76,7 @@ def _is_relu_perceptron(modules: list[nn.Module]) -> bool:
     )
 
 
-class ActorDraw(NamedTuple):
+class RecordedDraw(NamedTuple):
     """Actions that the actor drew, and what its gradient needs of the forward pass."""
 
     actions: th.Tensor  # (batch, action_dim), in [-1, 1]
@@ -104,7 +104,7 @@ class ClosedForm:
         )
 
     @th.no_grad()
-    def act(self, observations: th.Tensor) -> ActorDraw:
+    def act(self, observations: th.Tensor) -> RecordedDraw:
         """
         Actions of the current policy, with noise from PyTorch's global stream, as SB3 draws it.
 
@@ -118,7 +118,7 @@ class ClosedForm:
         actions = (mean + std * noise).tanh()
         terms = 0.5 * noise.square() + log_std + (1 - actions.square() + EPSILON).log()
         log_prob = -terms.sum(dim=1, keepdim=True) - 0.5 * math.log(2 * math.pi) * actions.shape[1]
-        return ActorDraw(actions, log_prob, noise, std, raw_log_std == log_std, hidden)
+        return RecordedDraw(actions, log_prob, noise, std, raw_log_std == log_std, hidden)
 
     def act_ahead(self, observations: Sequence[th.Tensor]) -> Iterator[tuple[th.Tensor, ...]]:
         """
@@ -155,7 +155,7 @@ class ClosedForm:
         return 0.5 * errors.square().mean(dim=0).sum()
 
     @th.no_grad()
-    def set_actor_gradients(self, observations: th.Tensor, draw: ActorDraw, ent_coef: th.Tensor) -> th.Tensor:
+    def set_actor_gradients(self, observations: th.Tensor, draw: RecordedDraw, ent_coef: th.Tensor) -> th.Tensor:
         """
         :param observations: (batch, *shape), for which the actor drew
         :param draw: what it drew

@@ -61,7 +61,7 @@ def imagine(
     :param length: k, steps per branch
     :param elites: members that take part
     :param generator: draws members and next states
-    :return: at most ``batch * length`` rows, step by step, and their counts
+    :return: from none to ``batch * length`` rows, step by step, and their counts
     """
     elite_members = th.tensor(elites, device=starts.device)
     steps: list[Transitions] = []

@@ -85,18 +85,6 @@ class ImaginedBuffer:
                 end = begin
             self.capacity = capacity
 
-    def _allocate(self) -> None:
-        if len(self._rows) < self.capacity:
-            self._rows = self._rows.new_empty(max(self.capacity, self._reserved), self._rows.shape[1])
-
-    def _oldest(self) -> int:
-        """The slot after the free ones: from there on the ring is filled to its end."""
-        return self._pos + self.capacity - self._size
-
-    def _newest(self, n_rows: int) -> th.Tensor:
-        ages = th.arange(min(n_rows, self._size), 0, -1, device=self._rows.device)
-        return self._rows[(self._pos - ages) % self.capacity]
-
     def sample(self, n_rows: int, generator: th.Generator) -> Transitions:
         """
         Uniform, with replacement.
@@ -108,6 +96,18 @@ class ImaginedBuffer:
         if self._size < self.capacity:  # those beyond the free slots
             slots += (slots >= self._pos) * (self.capacity - self._size)
         return self._unpack(self._rows[slots])
+
+    def _allocate(self) -> None:
+        if len(self._rows) < self.capacity:
+            self._rows = self._rows.new_empty(max(self.capacity, self._reserved), self._rows.shape[1])
+
+    def _oldest(self) -> int:
+        """The slot after the free ones: from there on the ring is filled to its end."""
+        return self._pos + self.capacity - self._size
+
+    def _newest(self, n_rows: int) -> th.Tensor:
+        ages = th.arange(min(n_rows, self._size), 0, -1, device=self._rows.device)
+        return self._rows[(self._pos - ages) % self.capacity]
 
     def _unpack(self, rows: th.Tensor) -> Transitions:
         observations, actions, next_observations, rewards, terminated = rows.split(self._widths, dim=-1)

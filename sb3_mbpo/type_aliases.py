@@ -54,7 +54,7 @@ class FitResult:
     holdout_mse: tuple[float, ...]  # per member, of the weights that it returned to
     holdout_mse_state: float  # mean of the elites
     holdout_mse_reward: float  # mean of the elites
-    train_nll: float  # mean over the last epoch and the members
+    train_nll: float  # mean over the members and the steps before the last look at the holdout
     predicted_std: float  # mean over the elites, the holdout and the dimensions
     disagreement: float  # standard deviation between the elites' means, same average
     epochs: int

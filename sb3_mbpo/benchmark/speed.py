@@ -41,12 +41,12 @@ IMAGINED = 100_000
 Result = dict[str, Any]
 
 
-def measure_speed(threads: int, rounds: int, width: int, ruFIT_STEPS: int, memory: bool) -> Result:
+def measure_speed(threads: int, rounds: int, width: int, run_steps: int, memory: bool) -> Result:
     """
     :param threads: of PyTorch
     :param rounds: repetitions of each measurement
     :param width: of SAC's two hidden layers
-    :param ruFIT_STEPS: environment steps of a run after its 1,000 random ones; 0: no run
+    :param run_steps: environment steps of a run after its 1,000 random ones; 0: no run
     :param memory: whether to fill the imagined buffers of long rollouts, in processes of their own
     :return: numbers by section and name
     """
@@ -64,8 +64,8 @@ def measure_speed(threads: int, rounds: int, width: int, ruFIT_STEPS: int, memor
         "fit": _measure_fit(max(rounds // 5, 1)),
         "imagination": _measure_imagination(max(rounds // 5, 1), width),
     }
-    if ruFIT_STEPS:
-        result["run"] = _measure_run(width, ruFIT_STEPS)
+    if run_steps:
+        result["run"] = _measure_run(width, run_steps)
     if memory:
         result["memory"] = _measure_memory()
     return result
