@@ -1,0 +1,60 @@
+"""
+Settings per environment in the RL Zoo's format: ``mbpo.yml``, ours; ``mbpo_paper.yml``, those of the paper.
+
+The Zoo reads the files by itself; the benchmark and the examples call :func:`load_settings`.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+FOLDER = Path(__file__).parent
+
+
+class Settings(NamedTuple):
+    """What a file says about one environment."""
+
+    n_timesteps: int
+    policy: str
+    n_envs: int
+    #: Keyword arguments of ``gymnasium.make``.
+    env_kwargs: dict[str, Any]
+    #: Keyword arguments of ``VecNormalize``; ``None``: no normalisation.
+    normalize: dict[str, Any] | None
+    #: Keyword arguments of the algorithm.
+    kwargs: dict[str, Any]
+
+
+def settings_file(name: str | Path) -> Path:
+    """
+    :param name: of a file here, such as ``"mbpo"`` or ``"mbpo_paper"``, or the path of a YAML file of your own
+    :raises ValueError: when there is no such file
+    """
+    path = FOLDER / f"{name}.yml" if Path(name).suffix not in (".yml", ".yaml") else Path(name)
+    if not path.is_file():
+        ours = sorted(file.stem for file in FOLDER.glob("*.yml"))
+        raise ValueError(f"There are no settings {str(name)!r}: pass one of {ours} or the path of a YAML file.")
+    return path
+
+
+def load_settings(env_id: str, name: str | Path = "mbpo") -> Settings:
+    """
+    :param env_id: of Gymnasium; what the file does not list gets its ``default``
+    :param name: see :func:`settings_file`
+    :return: what the file says about the environment
+    :raises ValueError: when there is no such file, or neither the environment nor a ``default`` in it
+    """
+    path = settings_file(name)
+    content = yaml.safe_load(path.read_text())
+    found = content.get(env_id, content.get("default"))
+    if found is None:
+        raise ValueError(f"{path} has neither {env_id!r} nor 'default', only {sorted(content)}.")
+    kwargs = dict(found)
+    normalize = kwargs.pop("normalize", False)
+    if normalize is False:
+        normalize = None
+    elif normalize is True:
+        normalize = {}
+    n_timesteps, policy = int(kwargs.pop("n_timesteps")), kwargs.pop("policy")
+    return Settings(n_timesteps, policy, kwargs.pop("n_envs", 1), kwargs.pop("env_kwargs", {}), normalize, kwargs)
