@@ -2,16 +2,20 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from rich.console import Console
 
+from sb3_mbpo.benchmark.runner import local_processes, ray_cluster, run_all
 from sb3_mbpo.benchmark.speed import measure_speed, speed_tables
+from sb3_mbpo.benchmark.suite import load_suite
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sb3_mbpo.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+
     speed = commands.add_parser("speed", help="updates, fit, imagination and a short run, as ratios within one run")
     speed.add_argument("--threads", type=int, default=1, help="of PyTorch (default: %(default)s)")
     speed.add_argument("--rounds", type=int, default=15, help="repetitions that medians are taken of (default: %(default)s)")
@@ -19,13 +23,39 @@ def main() -> None:
     speed.add_argument("--run-steps", type=int, default=500, help="of the run after warm-up; 0: no run (default: %(default)s)")
     speed.add_argument("--memory", action="store_true", help="also fill the imagined buffers of long rollouts (minutes)")
     speed.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
-    arguments = parser.parse_args()
+    speed.set_defaults(command=_speed)
 
+    run = commands.add_parser("run", help="train all runs of a suite, or go on where it was stopped")
+    run.add_argument("suite", help="quick, mujoco, or a YAML file")
+    run.add_argument("--out", type=Path, help="folder of the results (default: results/SUITE)")
+    run.add_argument("--backend", choices=("local", "ray"), default="local", help="(default: %(default)s)")
+    run.add_argument("--jobs", type=int, default=os.cpu_count(), help="local: runs at a time (default: %(default)s)")
+    run.add_argument("--address", help="ray: of the cluster (default: a new one on this machine)")
+    run.set_defaults(command=_run)
+
+    arguments = parser.parse_args()
+    try:
+        arguments.command(arguments)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+
+
+def _speed(arguments: argparse.Namespace) -> None:
     result = measure_speed(arguments.threads, arguments.rounds, arguments.width, arguments.run_steps, arguments.memory)
     for table in speed_tables(result):
         Console().print(table)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    runs = load_suite(arguments.suite)
+    results = arguments.out or Path("results", Path(arguments.suite).stem)
+    backend = ray_cluster(arguments.address) if arguments.backend == "ray" else local_processes(arguments.jobs)
+    with backend as submit:
+        failed = run_all(runs, results, submit, Console())
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(runs)} runs failed. The same command tries them again.")
 
 
 if __name__ == "__main__":

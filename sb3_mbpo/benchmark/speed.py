@@ -7,14 +7,12 @@ Computers drift: what is compared is measured in turn, and a ratio is the median
 import importlib.util
 import itertools
 import multiprocessing
-import platform
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import gymnasium as gym
@@ -24,7 +22,8 @@ from rich.table import Table
 from stable_baselines3 import SAC
 from stable_baselines3.common.logger import configure
 
-from sb3_mbpo import MBPO, __version__, takes_tensors
+from sb3_mbpo import MBPO, takes_tensors
+from sb3_mbpo.benchmark.provenance import processor, versions
 from sb3_mbpo.type_aliases import FitResult
 
 HOPPER = "Hopper-v5"
@@ -51,15 +50,8 @@ def measure_speed(threads: int, rounds: int, width: int, run_steps: int, memory:
     :return: numbers by section and name
     """
     th.set_num_threads(threads)
-    packages = ("torch", "stable-baselines3", "gymnasium", "numpy")
     result: Result = {
-        "machine": {
-            "processor": _processor(),
-            "threads": threads,
-            "Python": platform.python_version(),
-            "sb3_mbpo": __version__,
-        }
-        | {package: version(package) for package in packages},
+        "machine": {"processor": processor(), "threads": threads} | versions(),
         "updates": _measure_updates(rounds, width),
         "fit": _measure_fit(max(rounds // 5, 1)),
         "imagination": _measure_imagination(max(rounds // 5, 1), width),
@@ -82,14 +74,6 @@ def speed_tables(result: Result) -> list[Table]:
             for name, value in result[section].items():
                 table.add_row(name, f"{value:,.3g}" if isinstance(value, float) and value < 1000 else str(value))
     return tables
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _in_turn(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:

@@ -51,10 +51,16 @@ def load_settings(env_id: str, name: str | Path = "mbpo") -> Settings:
     if found is None:
         raise ValueError(f"{path} has neither {env_id!r} nor 'default', only {sorted(content)}.")
     kwargs = dict(found)
-    normalize = kwargs.pop("normalize", False)
-    if normalize is False:
-        normalize = None
-    elif normalize is True:
-        normalize = {}
+    normalize = normalize_kwargs(kwargs.pop("normalize", False))
     n_timesteps, policy = int(kwargs.pop("n_timesteps")), kwargs.pop("policy")
     return Settings(n_timesteps, policy, kwargs.pop("n_envs", 1), kwargs.pop("env_kwargs", {}), normalize, kwargs)
+
+
+def normalize_kwargs(normalize: bool | dict[str, Any]) -> dict[str, Any] | None:
+    """
+    :param normalize: the Zoo's word: whether to wrap the environments in ``VecNormalize``, or its keyword arguments
+    :return: its keyword arguments, or ``None``
+    """
+    if isinstance(normalize, bool):
+        return {} if normalize else None
+    return dict(normalize)

@@ -1,0 +1,104 @@
+"""
+All runs of a suite, in processes of this machine or on a Ray cluster, and how far they are.
+
+A run's state is in its folder, so that it goes on wherever it is started again: the machines of a cluster share the folder
+of the results.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from sb3_mbpo.benchmark.suite import Run
+from sb3_mbpo.benchmark.training import is_finished, read_rows, steps_so_far, train
+
+#: Starts a run, given the folder of the results.
+Submit = Callable[[Run, Path], "Future[None]"]
+
+
+@contextmanager
+def local_processes(jobs: int) -> Iterator[Submit]:
+    """:param jobs: runs at a time, each in a process of its own"""
+    context = multiprocessing.get_context("spawn")
+
+    def train_in_own_process(run: Run, results: Path) -> None:
+        with ProcessPoolExecutor(1, mp_context=context) as process:  # if it dies, it takes no other run with it
+            process.submit(train, run, results).result()
+
+    threads = ThreadPoolExecutor(jobs)
+    try:
+        yield lambda run, results: threads.submit(train_in_own_process, run, results)
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def ray_cluster(address: str | None) -> Iterator[Submit]:
+    """
+    One core for each run; a run whose worker or machine dies goes on elsewhere from its checkpoint.
+
+    :param address: of a cluster, such as ``"auto"``; ``None``: one on this machine
+    :raises ValueError: when Ray is not installed
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError('The backend "ray" needs Ray: `pip install "sb3_mbpo[ray]"`.') from error
+    ray.init(address=address, log_to_driver=False)
+    remote_train = ray.remote(num_cpus=1, max_retries=-1)(train)
+    try:
+        yield lambda run, results: remote_train.remote(run, results).future()
+    finally:
+        ray.shutdown()
+
+
+def run_all(runs: Sequence[Run], results: Path, submit: Submit, console: Console) -> dict[Run, BaseException]:
+    """
+    Starts all runs that are not finished and shows how far they are.
+
+    :param runs: of a suite
+    :param results: folder for all results; a run has its own below it
+    :param submit: starts one
+    :param console: to show it on
+    :return: the errors of the runs that failed. One that fails stops no other
+    """
+    results = results.resolve()
+    todo = [run for run in runs if not is_finished(run, results)]
+    if len(todo) < len(runs):
+        console.print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already.")
+    futures = {submit(run, results): run for run in todo}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    with Progress(*columns, console=console, speed_estimate_period=600) as progress:
+        everything = progress.add_task("all runs", total=sum(run.steps for run in todo))
+        bars = {run.folder: progress.add_task(str(run), total=run.steps, visible=False) for run in todo}
+        pending = set(futures)
+        while pending:
+            ended, pending = wait(pending, timeout=2, return_when=FIRST_COMPLETED)
+            for future in ended:
+                console.print(_last_words(futures[future], results, future.exception()))
+            steps = {run.folder: steps_so_far(run, results) for run in todo}
+            for future, run in futures.items():
+                under_way = future in pending and steps[run.folder] > 0
+                progress.update(bars[run.folder], completed=steps[run.folder], visible=under_way)
+            progress.update(everything, completed=sum(steps.values()))
+    return {futures[future]: error for future in futures if (error := future.exception()) is not None}
+
+
+def _last_words(run: Run, results: Path, error: BaseException | None) -> str:
+    if error is not None:
+        return f"[red]{run} failed: {error!r}[/red]"
+    last = read_rows(results / run.folder / "evaluations.csv")[-1]
+    return f"{run}: {last['return_mean']:.1f} after {last['steps']:,.0f} steps in {last['seconds'] / 60:.1f} minutes"
+
+
+class _Speed(ProgressColumn):
+    """Environment steps per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.1f} steps/s", style="progress.data.speed")
