@@ -58,7 +58,7 @@ def ray_cluster(address: str | None) -> Iterator[Submit]:
         ray.shutdown()
 
 
-def run_all(runs: Sequence[Run], results: Path, submit: Submit, console: Console) -> dict[Run, BaseException]:
+def run_all(runs: Sequence[Run], results: Path, submit: Submit, console: Console) -> list[Run]:
     """
     Starts all runs that are not finished and shows how far they are.
 
@@ -66,7 +66,7 @@ def run_all(runs: Sequence[Run], results: Path, submit: Submit, console: Console
     :param results: folder for all results; a run has its own below it
     :param submit: starts one
     :param console: to show it on
-    :return: the errors of the runs that failed. One that fails stops no other
+    :return: the runs that failed. One that fails stops no other
     """
     results = results.resolve()
     todo = [run for run in runs if not is_finished(run, results)]
@@ -87,7 +87,7 @@ def run_all(runs: Sequence[Run], results: Path, submit: Submit, console: Console
                 under_way = future in pending and steps[run.folder] > 0
                 progress.update(bars[run.folder], completed=steps[run.folder], visible=under_way)
             progress.update(everything, completed=sum(steps.values()))
-    return {futures[future]: error for future in futures if (error := future.exception()) is not None}
+    return [run for future, run in futures.items() if future.exception() is not None]
 
 
 def _last_words(run: Run, results: Path, error: BaseException | None) -> str:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from copy import deepcopy
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -247,5 +248,5 @@ def _load(run: Run, env: VecEnv, folder: Path) -> OffPolicyAlgorithm | None:
 
 
 def _usable(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """YAML has no tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in kwargs.items()}
+    """YAML has no tuples, and SB3 changes what it gets."""
+    return {name: tuple(value) if isinstance(value, list) else deepcopy(value) for name, value in kwargs.items()}

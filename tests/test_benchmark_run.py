@@ -1,0 +1,297 @@
+"""Runs of a suite: what they write, that they go on where they were stopped, and that one cannot harm another."""
+
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import pytest
+import torch as th
+import yaml
+from rich.console import Console
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_mbpo.benchmark import __main__ as command_line
+from sb3_mbpo.benchmark import training
+from sb3_mbpo.benchmark.runner import local_processes, ray_cluster, run_all
+from sb3_mbpo.benchmark.suite import Run, load_suite
+from sb3_mbpo.benchmark.training import Evaluation, is_finished, make_env, read_rows, steps_so_far, train
+from sb3_mbpo.checkpoint import checkpoints
+
+ROOT = Path(__file__).parent.parent
+
+TINY = {"learning_starts": 100, "gradient_steps": 1, "batch_size": 16, "buffer_size": 1000}
+MODEL = {"rollout_batch_size": 200, "dynamics_train_freq": 100, "dynamics_kwargs": {"max_gradient_steps": 10, "net_arch": [8]}}
+OTHERS = ["stable_baselines3.SAC", "sb3_contrib.TQC", "sb3_contrib.CrossQ"]
+
+
+def make_run(class_name: str = "sb3_mbpo.MBPO", **changes) -> Run:
+    kwargs = TINY | {"policy_kwargs": {"net_arch": [8]}} | (MODEL if class_name == "sb3_mbpo.MBPO" else {})
+    run = Run("Pendulum-v1", class_name.split(".")[1], 0, 300, 100, 2, class_name, "MlpPolicy", kwargs, 1, {}, None, None)
+    return dataclasses.replace(run, **changes)
+
+
+def rows(run: Run, results) -> pd.DataFrame:
+    return pd.read_csv(results / run.folder / "evaluations.csv")
+
+
+@pytest.mark.parametrize("class_name", ["sb3_mbpo.MBPO", *OTHERS])
+def test_a_run_leaves_its_evaluations_its_model_and_what_repeats_it(tmp_path, class_name):
+    run = make_run(class_name)
+    assert not is_finished(run, tmp_path) and steps_so_far(run, tmp_path) == 0
+    train(run, tmp_path)
+    assert is_finished(run, tmp_path) and steps_so_far(run, tmp_path) == 300
+    table = rows(run, tmp_path)
+    assert table.steps.tolist() == [100, 200, 300] and table.length_mean.eq(200).all()
+    assert table.updates.tolist() == [0, 99, 199]  # an evaluation comes before the updates of its step
+    assert table.seconds.is_monotonic_increasing and table.seconds.gt(0).all()
+    folder = tmp_path / run.folder
+    assert {path.name for path in folder.iterdir()} == {
+        "evaluations.csv", "model.zip", "run.json", "steps.txt", "log.txt", "lock",
+    }  # fmt: skip
+    written = json.loads((folder / "run.json").read_text())
+    assert written["class_name"] == class_name and written["kwargs"]["learning_starts"] == 100 and written["seed"] == 0
+    assert written["versions"]["torch"] == th.__version__ and written["machine"]["cores"] == os.cpu_count()
+    model = training.algorithm_class(class_name).load(folder / "model.zip")
+    assert model.num_timesteps == 300
+
+
+def test_an_evaluation_is_the_mean_return_of_the_deterministic_policy(tmp_path):
+    """Counted by hand, in an environment with the same seed."""
+    run = make_run("stable_baselines3.SAC", steps=100, normalize={"norm_reward": True}, eval_episodes=3)
+    env = make_env(run, training=True)
+    model = SAC("MlpPolicy", env, seed=1, learning_starts=1000)
+    model.learn(100, callback=Evaluation(run, tmp_path))
+    returns, lengths = [], []
+    raw = gym.make("Pendulum-v1")
+    for episode in range(3):
+        observation, _ = raw.reset(seed=10_000 + 100) if episode == 0 else raw.reset()
+        total, steps, done = 0.0, 0, False
+        while not done:
+            action, _ = model.predict(env.normalize_obs(observation), deterministic=True)
+            observation, reward, terminated, truncated, _ = raw.step(action)
+            total, steps, done = total + reward, steps + 1, terminated or truncated
+        returns.append(total)
+        lengths.append(steps)
+    (row,) = read_rows(tmp_path / "evaluations.csv")
+    assert row["return_mean"] == pytest.approx(np.mean(returns), rel=1e-5)
+    assert row["return_std"] == pytest.approx(np.std(returns), rel=1e-5)
+    assert row["length_mean"] == np.mean(lengths) and row["steps"] == 100 and row["updates"] == 0
+
+
+@pytest.mark.parametrize("class_name", ["sb3_mbpo.MBPO", "stable_baselines3.SAC"])
+def test_evaluations_do_not_change_the_training(tmp_path, class_name):
+    often, never = make_run(class_name, eval_freq=60, normalize={}), make_run(class_name, eval_freq=1000, normalize={})
+    models = []
+    for run, folder in ((often, tmp_path / "often"), (never, tmp_path / "never")):
+        train(run, folder)
+        models.append(training.algorithm_class(class_name).load(folder / run.folder / "model.zip"))
+    first, second = (model.policy.state_dict() for model in models)
+    assert all(th.equal(first[name], second[name]) for name in first)
+    assert len(rows(often, tmp_path / "often")) == 5 and not (tmp_path / "never" / never.folder / "evaluations.csv").exists()
+
+
+def test_evaluations_count_the_steps_of_all_environments(tmp_path):
+    run = make_run("stable_baselines3.SAC", n_envs=3, steps=300)
+    train(run, tmp_path)
+    assert rows(run, tmp_path).steps.tolist() == [102, 201, 300]
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopsAt(BaseCallback):
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == self.step:
+            raise Stopped
+        return True
+
+
+@pytest.mark.parametrize("class_name", ["sb3_mbpo.MBPO", *OTHERS])
+@pytest.mark.parametrize("normalize", [None, {}])
+def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, class_name, normalize):
+    """It was stopped at step 250, the checkpoint is of 200 or, after an evaluation at 240, earlier than that row."""
+    run = make_run(class_name, normalize=normalize)
+    steps_file = training.StepsFile
+    monkeypatch.setattr(training, "StepsFile", lambda path: StopsAt(250))
+    with pytest.raises(Stopped):
+        train(run, tmp_path)
+    before = rows(run, tmp_path)
+    assert before.steps.tolist() == [100, 200] and not is_finished(run, tmp_path)
+
+    begun = []
+    algorithm = training.algorithm_class(class_name)
+    learn = algorithm.learn
+
+    def noting(self, total_timesteps, **kwargs):
+        normalization = self.get_vec_normalize_env()
+        begun.append((self.num_timesteps, self.replay_buffer.size(), self._n_updates))
+        begun.append(None if normalization is None else normalization.obs_rms.count)
+        return learn(self, total_timesteps, **kwargs)
+
+    monkeypatch.setattr(algorithm, "learn", noting)
+    monkeypatch.setattr(training, "StepsFile", steps_file)
+    train(run, tmp_path)
+    assert begun[0] == (200, 200, 100)
+    assert normalize is None or begun[1] == pytest.approx(200, abs=5)  # observations that it has seen
+    after = rows(run, tmp_path)
+    assert after.steps.tolist() == [100, 200, 300] and after.updates.tolist() == [0, 99, 199]
+    pd.testing.assert_frame_equal(before, after[:2])
+    assert after.seconds.is_monotonic_increasing and is_finished(run, tmp_path)
+
+
+def test_rows_that_the_model_has_not_made_yet_are_dropped(tmp_path, monkeypatch):
+    """The checkpoint of step 200 failed, say: the evaluation of that step will come again."""
+    run = make_run()
+    monkeypatch.setattr(training, "StepsFile", lambda path: StopsAt(200))
+    with pytest.raises(Stopped):
+        train(run, tmp_path)
+    assert rows(run, tmp_path).steps.tolist() == [100, 200]  # the evaluation came first
+    monkeypatch.undo()
+    train(run, tmp_path)
+    assert rows(run, tmp_path).steps.tolist() == [100, 200, 300]
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    run = make_run()
+    train(run, tmp_path)
+    model = tmp_path / run.folder / "model.zip"
+    written = model.stat().st_mtime_ns
+    train(run, tmp_path)
+    assert model.stat().st_mtime_ns == written
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    train(make_run(), tmp_path)
+    with pytest.raises(ValueError, match=r"holds a run with \{'steps': 300\}, but .* is to have \{'steps': 500\}"):
+        train(make_run(steps=500), tmp_path)
+
+
+def test_one_process_at_a_time_trains_a_run(tmp_path):
+    """The second waits, then finds the run finished."""
+    run = make_run()
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=train, args=(run, tmp_path)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert rows(run, tmp_path).steps.tolist() == [100, 200, 300]
+
+
+def test_a_run_that_fails_or_dies_harms_no_other(tmp_path):
+    """One is killed in the middle, one has no such policy, and the third does not mind. Those two are tried again."""
+    killed = make_run("stable_baselines3.SAC", steps=4000, eval_freq=200, eval_episodes=1)
+    wrong, right = make_run(seed=1, policy="NoPolicy"), make_run()
+
+    def kill():
+        while not (tmp_path / killed.folder / "checkpoint" / "steps_200").exists():
+            time.sleep(0.05)
+        (process,) = multiprocessing.active_children()
+        process.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with local_processes(1) as submit, open(tmp_path / "console", "w") as file:
+        failed = run_all([killed, wrong, right], tmp_path, submit, Console(file=file, width=200))
+    killer.join()
+    assert failed == [killed, wrong] and is_finished(right, tmp_path)
+    printed = (tmp_path / "console").read_text()
+    assert f"{killed} failed: BrokenProcessPool" in printed and f"{wrong} failed: ValueError" in printed
+    assert f"{right}: " in printed and "after 300 steps" in printed
+
+    first, *_ = rows(killed, tmp_path).seconds
+    with local_processes(1) as submit, open(tmp_path / "console", "w") as file:
+        assert run_all([killed, right], tmp_path, submit, Console(file=file, width=200)) == []
+    assert "1 of 2 runs are finished already" in (tmp_path / "console").read_text()
+    assert rows(killed, tmp_path).seconds[0] == first  # it went on, instead of beginning anew
+    assert is_finished(killed, tmp_path)
+
+
+def test_a_killed_suite_goes_on_with_the_same_command(tmp_path):
+    """The command and its processes get SIGKILL in the middle of the second run."""
+    suite = tmp_path / "suite.yml"
+    algorithm = {"class": "sb3_mbpo.MBPO", "settings": "mbpo", "kwargs": make_run().kwargs}
+    content = {"eval_freq": 100, "eval_episodes": 1, "seeds": [0, 1], "environments": {"Pendulum-v1": {"steps": 300}}}
+    suite.write_text(yaml.safe_dump(content | {"algorithms": {"MBPO": algorithm}}))
+    command = [sys.executable, "-m", "sb3_mbpo.benchmark", "run", str(suite), "--out", str(tmp_path / "out"), "--jobs", "1"]
+    first, second = load_suite(suite)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=subprocess.DEVNULL)
+    while not checkpoints(tmp_path / "out" / second.folder / "checkpoint"):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = rows(second, tmp_path / "out")
+    assert is_finished(first, tmp_path / "out") and not is_finished(second, tmp_path / "out")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 runs are finished already" in done.stdout and f"{second}: " in done.stdout
+    assert rows(second, tmp_path / "out").steps.tolist() == [100, 200, 300]
+    assert rows(second, tmp_path / "out").seconds[0] == before.seconds[0]  # it went on, instead of beginning anew
+
+
+def test_the_command_tells_how_many_runs_failed(tmp_path, monkeypatch, capsys):
+    suite = tmp_path / "suite.yml"
+    algorithm = {"class": "stable_baselines3.SAC", "kwargs": {"tau": "a"}}
+    content = {"seeds": [0], "environments": {"Pendulum-v1": {"steps": 300}}, "algorithms": {"SAC": algorithm}}
+    suite.write_text(yaml.safe_dump(content))
+    monkeypatch.setattr("sys.argv", ["benchmark", "run", str(suite), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"1 of 1 runs failed\. The same command tries them again"):
+        command_line.main()
+    monkeypatch.setattr("sys.argv", ["benchmark", "run", "slow"])
+    with pytest.raises(SystemExit) as stop:
+        command_line.main()
+    assert stop.value.code == 2 and "There is no suite 'slow'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`")
+def test_a_ray_cluster_of_two_machines_survives_the_death_of_a_worker(tmp_path):
+    """
+    Two nodes with one core each. The worker of the long run is killed when the other run has ended; Ray starts the run
+    anew, and it goes on from its checkpoint.
+    """
+    from ray.cluster_utils import Cluster
+
+    killed, other = make_run("stable_baselines3.SAC", steps=8000, eval_freq=400, eval_episodes=1), make_run(seed=1)
+    before: list[pd.DataFrame] = []
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+
+    def kill():
+        while not (is_finished(other, tmp_path) and list((tmp_path / killed.folder).glob("checkpoint/steps_*"))):
+            time.sleep(0.05)
+        before.append(rows(killed, tmp_path))
+        (worker,) = subprocess.check_output(["pgrep", "-f", "^ray::train"], text=True).split()
+        os.kill(int(worker), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    try:
+        with ray_cluster(cluster.address) as submit, open(tmp_path / "console", "w") as file:
+            killer.start()
+            failed = run_all([killed, other], tmp_path, submit, Console(file=file, width=200))
+    finally:
+        cluster.shutdown()
+    killer.join()
+    assert failed == [] and is_finished(killed, tmp_path) and is_finished(other, tmp_path)
+    after = rows(killed, tmp_path)
+    assert after.steps.tolist() == list(range(400, 8001, 400)) and 0 < len(before[0]) < len(after)
+    assert after.seconds[0] == before[0].seconds[0]
