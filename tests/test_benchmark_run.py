@@ -23,10 +23,11 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mbpo.benchmark import __main__ as command_line
-from sb3_mbpo.benchmark import training
+from sb3_mbpo.benchmark import callbacks, training
+from sb3_mbpo.benchmark.callbacks import Evaluation, read_rows
 from sb3_mbpo.benchmark.runner import local_processes, ray_cluster, run_all
 from sb3_mbpo.benchmark.suite import Run, load_suite
-from sb3_mbpo.benchmark.training import Evaluation, is_finished, make_env, read_rows, steps_so_far, train
+from sb3_mbpo.benchmark.training import is_finished, make_env, steps_so_far, train
 from sb3_mbpo.checkpoint import checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -69,10 +70,10 @@ def test_a_run_leaves_its_evaluations_its_model_and_what_repeats_it(tmp_path, cl
 
 def test_an_evaluation_is_the_mean_return_of_the_deterministic_policy(tmp_path):
     """Counted by hand, in an environment with the same seed."""
-    run = make_run("stable_baselines3.SAC", steps=100, normalize={"norm_reward": True}, eval_episodes=3)
+    run = make_run("stable_baselines3.SAC", steps=100, normalize={"norm_reward": True})
     env = make_env(run, training=True)
     model = SAC("MlpPolicy", env, seed=1, learning_starts=1000)
-    model.learn(100, callback=Evaluation(run, tmp_path))
+    model.learn(100, callback=Evaluation(make_env(run, training=False), 100, 3, 10_000, tmp_path / "evaluations.csv"))
     returns, lengths = [], []
     raw = gym.make("Pendulum-v1")
     for episode in range(3):
@@ -106,6 +107,17 @@ def test_evaluations_count_the_steps_of_all_environments(tmp_path):
     run = make_run("stable_baselines3.SAC", n_envs=3, steps=300)
     train(run, tmp_path)
     assert rows(run, tmp_path).steps.tolist() == [102, 201, 300]
+
+
+def test_evaluations_cost_no_training_time(tmp_path, monkeypatch):
+    def slow(*args, **kwargs):
+        time.sleep(5.0)
+        return [0.0], [1]
+
+    monkeypatch.setattr(callbacks, "evaluate_policy", slow)
+    run = make_run("stable_baselines3.SAC", kwargs=TINY | {"learning_starts": 1000})
+    train(run, tmp_path)
+    assert rows(run, tmp_path).seconds.iloc[-1] < 5.0
 
 
 class Stopped(Exception):

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from sb3_mbpo.benchmark.callbacks import read_rows
 from sb3_mbpo.benchmark.suite import Run
-from sb3_mbpo.benchmark.training import is_finished, read_rows, steps_so_far, train
+from sb3_mbpo.benchmark.training import is_finished, steps_so_far, train
 
 #: Starts a run, given the folder of the results.
 Submit = Callable[[Run, Path], "Future[None]"]
