@@ -146,6 +146,7 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, class_
         train(run, tmp_path)
     before = rows(run, tmp_path)
     assert before.steps.tolist() == [100, 200] and not is_finished(run, tmp_path)
+    assert len(list((tmp_path / run.folder / "checkpoint").glob("steps_*"))) <= 1  # the newest alone
 
     begun = []
     algorithm = training.algorithm_class(class_name)

@@ -76,6 +76,12 @@ def test_sac_with_the_settings_of_mbpo_gets_what_it_knows_and_the_updates(tmp_pa
     assert run.kwargs == expected
 
 
+def test_arguments_of_the_suite_replace_those_of_the_settings(tmp_path):
+    algorithm = {"class": "sb3_mbpo.MBPO", "settings": "mbpo", "kwargs": {"learning_starts": 33, "buffer_size": 44}}
+    run = load_suite(write(tmp_path, algorithms={"MBPO": algorithm}))[0]
+    assert run.kwargs["learning_starts"] == 33 and run.kwargs["buffer_size"] == 44
+
+
 def test_all_algorithms_see_the_environment_of_the_settings(tmp_path):
     """A four-legged robot without contact forces is another task than one with them."""
     runs = load_suite(write(tmp_path, environments={"Ant-v5": {"steps": 10}}))
