@@ -43,15 +43,21 @@ def load_settings(env_id: str, name: str | Path = "mbpo") -> Settings:
     :param env_id: of Gymnasium; what the file does not list gets its ``default``
     :param name: see :func:`settings_file`
     :return: what the file says about the environment
-    :raises ValueError: when there is no such file, or neither the environment nor a ``default`` in it
+    :raises ValueError: when there is no such file, neither the environment nor a ``default`` in it, or no ``n_timesteps``
+        or ``policy`` there; or when ``normalize`` is Python code in a string, which only the Zoo runs
     """
     path = settings_file(name)
-    content = yaml.safe_load(path.read_text())
+    content = yaml.safe_load(path.read_text()) or {}
     found = content.get(env_id, content.get("default"))
     if found is None:
         raise ValueError(f"{path} has neither {env_id!r} nor 'default', only {sorted(content)}.")
+    missing = sorted({"n_timesteps", "policy"} - set(found))
+    if missing:
+        raise ValueError(f"{path} has no {missing} for {env_id!r}: add them.")
     kwargs = dict(found)
     normalize = kwargs.pop("normalize", False)
+    if isinstance(normalize, str):
+        raise ValueError(f"{path} has {normalize!r} as `normalize` for {env_id!r}: write true, false or a YAML mapping.")
     if normalize is False:
         normalize = None
     elif normalize is True:
