@@ -27,7 +27,8 @@ from sb3_mbpo.mbpo import MBPO
 def sample_mbpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
     What ``--optimize`` searches: the parameters that are MBPO's own, and SAC's that matter most with them. What lies in a
-    mapping (``policy_kwargs``, ``dynamics_kwargs``) stays as the settings have it.
+    mapping (``policy_kwargs``, ``dynamics_kwargs``) stays as the settings have it. With 100,000 rollouts per round, no trial
+    keeps more than 8 million imagined rows.
 
     :param trial: of Optuna
     :param n_actions: dimensions of the action, which the target entropy is measured in
@@ -38,7 +39,7 @@ def sample_mbpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     trial.suggest_int("gradient_steps", 1, 40, log=True)
     trial.suggest_float("target_entropy", -1.0 * n_actions, -0.05 * n_actions)
     trial.suggest_int("dynamics_train_freq", 125, 1000, log=True)
-    trial.suggest_int("rollout_length", 1, 10, log=True)
+    trial.suggest_int("rollout_length", 1, 5)
     trial.suggest_int("rollout_retain_steps", 250, 2000, log=True)
     trial.suggest_float("real_ratio", 0.02, 0.5, log=True)
     return convert_mbpo_params(trial.params)
