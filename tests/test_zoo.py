@@ -1,50 +1,178 @@
-"""The commands of the RL Zoo, at tiny size, in a folder of their own."""
+"""The commands of the RL Zoo, at tiny size, in a folder of their own: the README's first, then what they must not do."""
 
+import csv
 import importlib.util
 import os
+import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 # only looked for: importing the Zoo changes Gymnasium's wrappers
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("rl_zoo3") is None, reason="needs the extra `zoo`")
 
 ROOT = Path(__file__).parent.parent
-TINY = "learning_starts:100 gradient_steps:1 rollout_batch_size:200 dynamics_kwargs:dict(net_arch=[16],max_gradient_steps=20)"
-NORMALIZED = "normalize:{'norm_obs':True,'norm_reward':False}"
+README = re.findall(r"^python -m sb3_mbpo\.zoo (.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+SMALL = "rollout_batch_size:200 rollout_length:1 dynamics_kwargs:dict(net_arch=[16],max_gradient_steps=20)"
+TINY = f"learning_starts:100 gradient_steps:1 {SMALL} normalize:{{'norm_obs':True,'norm_reward':False}}"
+#: Runs all commands in one process, because starting takes longer than they do; one that fails does not stop the others.
+RUNNER = """
+import sys
+from sb3_mbpo.zoo import main
+for command in sys.argv[1:]:
+    print("COMMAND", command)
+    sys.argv = ["zoo", *command.split()]
+    try:
+        main()
+    except ValueError as error:
+        print("ValueError:", error)
+"""
+#: Tasks of 10 steps that render as grey. From the 61st step of the process on, "Breaks-v0" shows NaN.
+TASKS = """
+import gymnasium as gym
+import numpy as np
+
+class Task(gym.Env):
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    steps_of_all = 0
+
+    def __init__(self, breaks=False, render_mode=None):
+        self.breaks, self.render_mode = breaks, render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        Task.steps_of_all += self.breaks
+        observation = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        if Task.steps_of_all > 60:
+            observation *= np.nan
+        return observation, float(action[0]), False, self.steps == 10, {}
+
+    def render(self):
+        return np.full((64, 64, 3), 128, np.uint8)
+
+gym.register("Short-v0", Task)
+gym.register("Breaks-v0", Task, kwargs=dict(breaks=True))
+"""
 
 
-def zoo(folder: Path, command: str) -> str:
-    line = [sys.executable, "-m", "sb3_mbpo.zoo", *command.split()]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+def zoo(folder: Path, *commands: str) -> list[str]:
+    """:return: what each command said"""
+    (folder / "custom_envs.py").write_text(TASKS)  # the Zoo imports it by that name
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-u", "-c", RUNNER, *commands]
+    done = subprocess.run(line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout.split("COMMAND ")[1:]
 
 
-def test_train_enjoy_continue_and_plot_with_normalized_observations(tmp_path):
-    options = (
-        f"--algo mbpo --env Pendulum-v1 -n 300 --eval-freq 150 --eval-episodes 2 --save-freq 150 -params {TINY} {NORMALIZED}"
-    )
-    said = zoo(tmp_path, f"train --save-replay-buffer {options}")
-    run = tmp_path / "logs" / "mbpo" / "Pendulum-v1_1"
-    assert "mbpo.yml" in said and "dynamics/" in said
-    assert (run / "Pendulum-v1.zip").exists() and (run / "rl_model_150_steps.zip").exists()
-    assert (run / "Pendulum-v1" / "vecnormalize.pkl").exists()
-    zoo(tmp_path, "enjoy --algo mbpo --env Pendulum-v1 -f logs -n 50 --no-render --load-best")
-    zoo(tmp_path, f"train -i {run / 'Pendulum-v1.zip'} {options}")
-    assert (tmp_path / "logs" / "mbpo" / "Pendulum-v1_2" / "Pendulum-v1.zip").exists()
-    zoo(tmp_path, "plot_train -a mbpo -e Pendulum-v1 -f logs")
-    zoo(tmp_path, "all_plots -a mbpo -e Pendulum-v1 -f logs -o curves --no-million")
-    zoo(tmp_path, "plot_from_file -i curves.pkl")
+def read(path: Path) -> dict:
+    return dict(yaml.load(path.read_text(), Loader=yaml.UnsafeLoader))
 
 
-def test_optimize_tries_the_parameters_of_mbpo(tmp_path):
-    said = zoo(
+def tiny(command: str) -> str:
+    """The README's command at another size: the Zoo takes the last value of an option that comes twice."""
+    if not command.startswith("train"):
+        return command
+    if "--optimize" in command:
+        size, parameters = "-n 130 --n-trials 2 --n-startup-trials 1 --no-optim-plots", TINY.replace("gradient_steps:1", "")
+    else:
+        size, parameters = "-n 300 --eval-freq 150", TINY
+    return f"{command.replace('--trial-id 7', '--trial-id 1')} {size} --eval-episodes 2 -params {parameters}"
+
+
+def test_the_commands_of_the_readme_run(tmp_path):
+    """All with normalised observations."""
+    said = zoo(tmp_path, *(tiny(command) for command in README))
+    assert len(said) == len(README) == 9 and "ValueError" not in "".join(said)
+    train, enjoy, go_on, _, table, curves, paper, optimize, trial = said
+    logs = tmp_path / "logs" / "mbpo"
+    assert "hyperparams/mbpo.yml" in train and "dynamics/" in train and "300/300" in train
+    for file in ("Pendulum-v1.zip", "best_model.zip", "replay_buffer.pkl", "Pendulum-v1/vecnormalize.pkl"):
+        assert (logs / "Pendulum-v1_1" / file).exists(), file
+    assert "Loading running average" in enjoy and "Mean reward" in enjoy
+    assert "Loading replay buffer" in go_on and "Loading saved VecNormalize stats" in go_on
+    for run in ("Pendulum-v1_1", "Pendulum-v1_2", "Ant-v5_1"):
+        assert np.load(logs / run / "evaluations.npz")["timesteps"].tolist() == [150, 300]
+    assert re.search(r"\|Pendulum-v1 *\|-\d+ \+/- \d+\|", table) and "Computing bootstrap CI" in curves
+    assert "hyperparams/mbpo_paper.yml" in paper and "('real_ratio', 0.05)" in paper
+    sampled = "learning_rate gradient_steps target_entropy dynamics_train_freq rollout_length rollout_retain_steps real_ratio"
+    assert re.findall(r"^    (\w+): ", optimize, flags=re.MULTILINE) == sampled.split()
+    assert "Loading from Optuna study" in trial
+    with next(logs.glob("report_*.csv")).open() as report:
+        tried = {row["number"]: row for row in csv.DictReader(report)}["1"]
+    used = read(logs / "Pendulum-v1_4/Pendulum-v1/config.yml")
+    for name in ("learning_rate", "target_entropy", "rollout_retain_steps"):
+        assert used[name] == pytest.approx(float(tried[f"params_{name}"]))
+
+
+def test_the_env_kwargs_of_the_settings_reach_all_environments(tmp_path):
+    """Ant keeps its 27 dimensions in evaluation, ``enjoy`` and ``benchmark``; what the command line says goes first."""
+    train = f"train --algo mbpo --env Ant-v5 -n 20 --eval-freq 10 --eval-episodes 1 -params {TINY}"
+    enjoy = "enjoy --algo mbpo --env Ant-v5 -f logs --no-render -n 5"
+    benchmark = "benchmark --no-hub --log-dir logs --benchmark-dir tables -n 1100 --num-threads 1"
+    flag = "include_cfrc_ext_in_observation:True"
+    full = f"{train} --env-kwargs {flag} --eval-env-kwargs {flag} healthy_reward:2.0"
+    said = zoo(tmp_path, train, enjoy, benchmark, full, enjoy)
+    assert "ValueError" not in "".join(said)
+    assert "eval_env_kwargs={'include_cfrc_ext_in_observation': True, 'healthy_reward': 2.0}" in said[3]
+    for number, extra in ((1, False), (2, True)):
+        args = read(tmp_path / f"logs/mbpo/Ant-v5_{number}/Ant-v5/args.yml")
+        assert args["env_kwargs"] == {"include_cfrc_ext_in_observation": extra}
+        statistics = pickle.loads((tmp_path / f"logs/mbpo/Ant-v5_{number}/Ant-v5/vecnormalize.pkl").read_bytes())
+        assert statistics.obs_rms.mean.shape == (105 if extra else 27,)
+    assert re.search(r"\|mbpo\|Ant-v5\| +\d", (tmp_path / "tables/benchmark.md").read_text())
+
+
+def test_a_trial_that_diverges_is_pruned(tmp_path):
+    """The first trial ends before the environment breaks, the second does not."""
+    options = "-n 40 --optimize --no-optim-plots --n-trials 2 --eval-episodes 1"
+    (said,) = zoo(tmp_path, f"train --algo mbpo --env Breaks-v0 {options} -params {TINY}")
+    assert "Trial 0 finished" in said and "Best trial" in said
+    assert "Expected finite numbers" in said and "Trial 1 pruned" in said
+
+
+def test_what_cannot_work_is_refused_before_a_run_begins(tmp_path):
+    train = "train --algo mbpo --env Short-v0 -n 20"
+    callback = "'rl_zoo3.callbacks.ParallelTrainCallback'"
+    unknown, parallel, listed = zoo(
         tmp_path,
-        "train --algo mbpo --env Pendulum-v1 -n 150 --optimize --n-trials 2 --n-startup-trials 1 --n-evaluations 1 "
-        f"--eval-episodes 1 --no-optim-plots -params {TINY}",
+        f"{train} --conf-file mbpo_papr",
+        f"{train} -params callback:{callback}",
+        f"{train} -params callback:[{{{callback}:dict(gradient_steps=1)}}]",
     )
-    assert "Best trial" in said and "rollout_length" in said and "real_ratio" in said
+    assert "ValueError: There are no settings 'mbpo_papr': pass one of ['mbpo', 'mbpo_paper']" in unknown
+    for said in (parallel, listed):
+        assert "ValueError: `ParallelTrainCallback` trains a copy of the model" in said
+    assert not (tmp_path / "logs").exists()
+
+
+def test_other_algorithms_and_own_settings_are_left_alone(tmp_path):
+    (tmp_path / "own.yml").write_text("default: {n_timesteps: 20, policy: MlpPolicy, tau: 0.125}")
+    (tmp_path / "own.py").write_text("hyperparams = dict(default=dict(n_timesteps=20, policy='MlpPolicy', tau=0.375))")
+    by_path, by_module, sac = zoo(
+        tmp_path,
+        "train --algo mbpo --env Short-v0 --conf-file own.yml",
+        "train --algo mbpo --env Short-v0 --conf-file own.py",
+        "train --algo sac --env Short-v0 -n 20",
+    )
+    assert "('tau', 0.125)" in by_path and "('tau', 0.375)" in by_module
+    assert "sac.yml" in sac and (tmp_path / "logs/sac/Short-v0_1/Short-v0.zip").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("moviepy") is None, reason="needs moviepy")
+def test_record_video_films_a_trained_model(tmp_path):
+    train = f"train --algo mbpo --env Short-v0 -n 20 -params {TINY}"
+    zoo(tmp_path, train, "record_video --algo mbpo --env Short-v0 -f logs -n 5")
+    assert next((tmp_path / "logs/mbpo/Short-v0_1/videos").glob("*.mp4")).stat().st_size > 0

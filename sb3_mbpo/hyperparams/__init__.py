@@ -43,13 +43,17 @@ def load_settings(env_id: str, name: str | Path = "mbpo") -> Settings:
     :param env_id: of Gymnasium; what the file does not list gets its ``default``
     :param name: see :func:`settings_file`
     :return: what the file says about the environment
-    :raises ValueError: when there is no such file, or neither the environment nor a ``default`` in it
+    :raises ValueError: when there is no such file, neither the environment nor a ``default`` in it, or no ``n_timesteps``
+        or ``policy`` there; or when ``normalize`` is Python code in a string, which only the Zoo runs
     """
     path = settings_file(name)
-    content = yaml.safe_load(path.read_text())
+    content = yaml.safe_load(path.read_text()) or {}
     found = content.get(env_id, content.get("default"))
     if found is None:
         raise ValueError(f"{path} has neither {env_id!r} nor 'default', only {sorted(content)}.")
+    missing = sorted({"n_timesteps", "policy"} - set(found))
+    if missing:
+        raise ValueError(f"{path} has no {missing} for {env_id!r}: add them.")
     kwargs = dict(found)
     normalize = normalize_kwargs(kwargs.pop("normalize", False))
     n_timesteps, policy = int(kwargs.pop("n_timesteps")), kwargs.pop("policy")
@@ -60,7 +64,10 @@ def normalize_kwargs(normalize: bool | dict[str, Any]) -> dict[str, Any] | None:
     """
     :param normalize: the Zoo's word: whether to wrap the environments in ``VecNormalize``, or its keyword arguments
     :return: its keyword arguments, or ``None``
+    :raises ValueError: for an expression, which the Zoo would evaluate
     """
+    if isinstance(normalize, str):
+        raise ValueError(f"Expected true, false or a YAML mapping as `normalize`, but got {normalize!r}.")
     if isinstance(normalize, bool):
         return {} if normalize else None
     return dict(normalize)
