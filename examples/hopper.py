@@ -16,35 +16,24 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_mbpo import MBPO
+from sb3_mbpo.hyperparams import load_settings
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=125_000, help="environment steps")
-    parser.add_argument("--learning-starts", type=int, default=5000, help="steps with random actions")
-    parser.add_argument("--gradient-steps", type=int, default=20, help="updates per environment step")
+    parser.add_argument("--learning-starts", type=int, help="steps with random actions (default: the paper's)")
+    parser.add_argument("--gradient-steps", type=int, help="updates per environment step (default: the paper's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for logs, evaluations and the model")
     args = parser.parse_args()
 
     th.set_num_threads(args.threads)
-    model = MBPO(
-        "MlpPolicy",
-        "Hopper-v5",
-        learning_starts=args.learning_starts,
-        gradient_steps=args.gradient_steps,
-        target_entropy=-1.0,
-        dynamics_train_freq=250,
-        rollout_length=(20_000, 150_000, 1, 15),
-        rollout_batch_size=100_000,
-        rollout_retain_steps=1000,
-        real_ratio=0.05,
-        dynamics_kwargs=dict(normalize_targets=False),
-        tensorboard_log=str(args.out),
-        verbose=1,
-        seed=args.seed,
-    )
+    settings = load_settings("Hopper-v5", "mbpo_paper")
+    changes = {"learning_starts": args.learning_starts, "gradient_steps": args.gradient_steps}
+    kwargs = settings.kwargs | {name: value for name, value in changes.items() if value is not None}
+    model = MBPO(settings.policy, "Hopper-v5", tensorboard_log=str(args.out), verbose=1, seed=args.seed, **kwargs)
     eval_env = Monitor(gym.make("Hopper-v5"))
     model.learn(args.steps, callback=EvalCallback(eval_env, eval_freq=1000, log_path=str(args.out)), progress_bar=True)
     mean, spread = evaluate_policy(model, eval_env, n_eval_episodes=10)

@@ -20,17 +20,21 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_mbpo import MBPO
+from sb3_mbpo.hyperparams import load_settings
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000, help="environment steps")
-    parser.add_argument("--learning-starts", type=int, default=500, help="steps with random actions")
+    settings = load_settings("Pendulum-v1")
+    warm_up = settings.kwargs["learning_starts"]
+    parser.add_argument("--steps", type=int, default=settings.n_timesteps, help="environment steps")
+    parser.add_argument("--learning-starts", type=int, default=warm_up, help="steps with random actions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("pendulum"), help="folder for the picture and the evaluations")
     args = parser.parse_args()
 
-    model = MBPO("MlpPolicy", "Pendulum-v1", learning_starts=args.learning_starts, gradient_steps=10, seed=args.seed)
+    kwargs = settings.kwargs | {"learning_starts": args.learning_starts}
+    model = MBPO(settings.policy, "Pendulum-v1", seed=args.seed, **kwargs)
     eval_env = Monitor(gym.make("Pendulum-v1"))
     eval_env.reset(seed=args.seed + 10_000)
     before, _ = evaluate_policy(model, eval_env, n_eval_episodes=20)

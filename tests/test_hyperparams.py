@@ -142,7 +142,10 @@ def test_normalize_is_read_as_keyword_arguments(written, read, tmp_path):
         ("Other-v0: {n_timesteps: 10, policy: MlpPolicy}", r"neither 'Line-v0' nor 'default', only \['Other-v0'\]"),
         ("", r"neither 'Line-v0' nor 'default', only \[\]"),
         ("Line-v0: {policy: MlpPolicy}", r"no \['n_timesteps'\] for 'Line-v0'"),
-        ("Line-v0: {n_timesteps: 10, policy: MlpPolicy, normalize: 'dict()'}", r"a YAML mapping as `normalize`, but got 'dict\(\)'"),
+        (
+            "Line-v0: {n_timesteps: 10, policy: MlpPolicy, normalize: 'dict()'}",
+            r"a YAML mapping as `normalize`, but got 'dict\(\)'",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_explained(content, message, tmp_path):
