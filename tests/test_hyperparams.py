@@ -44,6 +44,7 @@ class Paper(NamedTuple):
 
 PAPER = {
     "InvertedPendulum-v5": Paper(250, 20_000, 500, 10, 250, (1, 15, 1, 1), 1, -0.05, 200),
+    "InvertedDoublePendulum-v5": Paper(250, 20_000, 500, 20, 250, (1, 15, 1, 1), 1, -0.5, 200),
     "Hopper-v5": Paper(1000, 125_000, 5000, 20, 250, (20, 150, 1, 15), 1, -1, 200),
     "Walker2d-v5": Paper(1000, 300_000, 5000, 20, 250, (20, 150, 1, 1), 1, -3, 200),
     "HalfCheetah-v5": Paper(1000, 400_000, 5000, 40, 250, (20, 150, 1, 1), 1, -3, 200),
@@ -79,7 +80,7 @@ def test_settings_of_the_paper_are_those_of_the_paper(env_id):
     """What the model ends up with, defaults included."""
     paper, model = PAPER[env_id], make_model(env_id, "mbpo_paper")
     first, last, k_first, k_last = paper.schedule
-    steps = (first * paper.epoch_length, last * paper.epoch_length)
+    steps = tuple(paper.warm_up + epoch * paper.epoch_length for epoch in (first, last))  # epochs begin after the warm-up
     assert load_settings(env_id, "mbpo_paper").n_timesteps == paper.curve
     assert model.learning_starts == paper.warm_up
     assert (model.gradient_steps, model.train_freq.frequency, model.policy_delay) == (paper.updates_per_step, 1, 1)
