@@ -5,6 +5,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +34,8 @@ from sb3_mbpo.checkpoint import checkpoints
 ROOT = Path(__file__).parent.parent
 
 TINY = {"learning_starts": 100, "gradient_steps": 1, "batch_size": 16, "buffer_size": 1000}
-MODEL = {"rollout_batch_size": 200, "dynamics_train_freq": 100, "dynamics_kwargs": {"max_gradient_steps": 10, "net_arch": [8]}}
+TINY_FIT = {"max_gradient_steps": 10, "net_arch": [8]}
+MODEL = {"rollout_batch_size": 200, "dynamics_train_freq": 100, "dynamics_kwargs": TINY_FIT}
 OTHERS = ["stable_baselines3.SAC", "sb3_contrib.TQC", "sb3_contrib.CrossQ"]
 
 
@@ -308,3 +310,27 @@ def test_a_ray_cluster_of_two_machines_survives_the_death_of_a_worker(tmp_path):
     after = rows(killed, tmp_path)
     assert after.steps.tolist() == list(range(400, 8001, 400)) and 0 < len(before[0]) < len(after)
     assert after.seconds[0] == before[0].seconds[0]
+
+
+def test_the_quick_suite_and_its_report_at_tiny_size(tmp_path, monkeypatch):
+    """The commands of the README. Runs are as the suite has them, but for fewer steps, updates and imagined rows."""
+
+    def tiny(suite):
+        runs = []
+        for run in load_suite(suite):
+            small = {"learning_starts": 100, "gradient_steps": 1, "rollout_batch_size": 200, "dynamics_kwargs": TINY_FIT}
+            kwargs = run.kwargs | {key: value for key, value in small.items() if key in run.kwargs or "MBPO" in run.class_name}
+            runs.append(dataclasses.replace(run, steps=300, eval_freq=150, eval_episodes=1, kwargs=kwargs))
+        return runs
+
+    monkeypatch.setattr(command_line, "load_suite", tiny)
+    monkeypatch.chdir(tmp_path)
+    for command in (["run", "quick"], ["report", "results/quick"]):
+        monkeypatch.setattr("sys.argv", ["benchmark", *command])
+        command_line.main()
+    text = (tmp_path / "results" / "quick" / "report" / "report.md").read_text()
+    for algorithm in {run.algorithm for run in load_suite("quick")}:
+        assert f"| {algorithm} | " in text
+    assert "not finished" not in text
+    for picture in re.findall(r"\]\((.*\.png)\)", text):
+        assert (tmp_path / "results" / "quick" / "report" / picture).stat().st_size > 10_000

@@ -9,6 +9,7 @@ import pytest
 from test_mbpo import LOGGED
 
 from sb3_mbpo import MBPO
+from sb3_mbpo.benchmark.suite import load_suite
 from sb3_mbpo.dynamics import DynamicsConfig
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,12 @@ def test_every_parameter_is_listed_with_its_default():
 
 def test_every_logged_key_is_in_the_glossary():
     assert set(re.findall(r"^\| `(\w+/\w+)` \|", README, flags=re.MULTILINE)) == LOGGED
+
+
+def test_the_suite_can_be_loaded(tmp_path):
+    (suite,) = [code for language, code in BLOCKS if language == "yaml"]
+    (tmp_path / "mine.yml").write_text(suite)
+    assert len(load_suite(tmp_path / "mine.yml")) == 3 * 5
 
 
 def test_linked_files_exist():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sb3_mbpo.benchmark.report import write_report
 from sb3_mbpo.benchmark.runner import local_processes, ray_cluster, run_all
 from sb3_mbpo.benchmark.speed import measure_speed, speed_tables
 from sb3_mbpo.benchmark.suite import load_suite
@@ -33,6 +34,12 @@ def main() -> None:
     run.add_argument("--address", help="ray: of the cluster (default: a new one on this machine)")
     run.set_defaults(command=_run)
 
+    report = commands.add_parser("report", help="tables and pictures of the runs of a suite, finished or not")
+    report.add_argument("results", type=Path, metavar="RESULTS", help="folder of the results")
+    report.add_argument("--out", type=Path, metavar="FOLDER", help="where the report goes (default: RESULTS/report)")
+    report.add_argument("--baseline", metavar="NAME", help="what the others are compared with (default: SAC, or the first)")
+    report.set_defaults(command=_report)
+
     arguments = parser.parse_args()
     try:
         arguments.command(arguments)
@@ -56,6 +63,10 @@ def _run(arguments: argparse.Namespace) -> None:
         failed = run_all(runs, results, submit, Console())
     if failed:
         raise SystemExit(f"{len(failed)} of {len(runs)} runs failed. The same command tries them again.")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    print(f"Wrote {write_report(arguments.results, arguments.out, arguments.baseline)}.")
 
 
 if __name__ == "__main__":
