@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from sb3_mbpo.benchmark import __main__ as command_line
@@ -408,7 +409,7 @@ def test_one_seed_one_algorithm_one_evaluation(tmp_path):
     report = report_of(tmp_path)
     assert table_after(report, "## E")["MBPO"][0] == "7.00"
     assert table_after(report, "The returns that count")["E"] == ["", "", "left out: all means are equal"]
-    assert "probability that" not in report
+    assert "probability that" not in report and "The runs do not say." in report
 
 
 def test_one_seed_has_a_score_without_an_interval(tmp_path):
@@ -509,6 +510,72 @@ def test_pictures_are_opaque_light_cards_with_dark_text(two_scales, style):
         opaque = pixels[..., 3] if pixels.shape[2] == 4 else np.ones(pixels.shape[:2])
         assert (opaque == 1).all() and pixels[[0, 0, -1, -1], [0, -1, 0, -1], :3].min() > 0.9
         assert pixels[..., :3].max(axis=2).min() < 0.2 and pixels.shape[1] >= 1200
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """What is drawn, by the name of its file, not saved."""
+    drawn = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **kwargs: drawn.update({path.name: figure}))
+    return drawn
+
+
+def test_the_curves_are_those_of_the_common_evaluations(tmp_path, figures):
+    """Over steps and over the mean time of the seeds, with the band of the interval and the number of seeds."""
+    returns = np.random.default_rng(6).normal(size=(3, 4))
+    for seed, values in enumerate(returns):
+        run = write_run(tmp_path, "E", "A", seed, values)
+        table = pd.read_csv(run / "evaluations.csv")
+        table.assign(seconds=60.0 * table["steps"] / 1000 * (1 + seed)).to_csv(run / "evaluations.csv", index=False)
+    write_run(tmp_path, "E", "SAC", 0, [1.0])
+    write_report(tmp_path)
+    by_steps, by_time = figures["E.png"].axes
+    for axes, x in ((by_steps, [1000, 2000, 3000, 4000]), (by_time, [2, 4, 6, 8])):
+        line, point = axes.lines
+        np.testing.assert_allclose(line.get_xdata(), x)
+        np.testing.assert_allclose(line.get_ydata(), [slow_iqm(values) for values in returns.T])
+        assert len(point.get_xdata()) == 1
+        band = axes.collections[0].get_paths()[0].vertices
+        for step, values in zip(x, returns.T, strict=True):
+            ends = band[np.isclose(band[:, 0], step), 1]
+            assert (ends.min(), ends.max()) == pytest.approx((values.min(), values.max()))
+    assert [text.get_text() for text in figures["E.png"].legends[0].get_texts()] == ["A (3 seeds)", "SAC (1 seed)"]
+    assert by_time.get_xlabel() == "minutes of training"
+
+
+def test_long_runs_are_shown_in_hours(tmp_path, figures):
+    """From two hours on."""
+    run = write_run(tmp_path, "E", "A", 0, [1.0, 2.0])
+    table = pd.read_csv(run / "evaluations.csv")
+    table.assign(seconds=[3600.0, 7200.0]).to_csv(run / "evaluations.csv", index=False)
+    write_report(tmp_path)
+    axes = figures["E.png"].axes[1]
+    assert axes.get_xlabel() == "hours of training" and axes.lines[0].get_xdata().tolist() == [1, 2]
+
+
+def test_an_algorithm_keeps_its_colour_in_all_pictures(tmp_path, figures):
+    """Also where others are missing."""
+    for environment, names in {"E": ("A", "B", "SAC"), "F": ("B", "SAC")}.items():
+        for name in names:
+            write_run(tmp_path, environment, name, 0, [1.0, 2.0])
+    write_report(tmp_path)
+    first, second = ([line.get_color() for line in figures[name].axes[0].lines] for name in ("E.png", "F.png"))
+    assert first[1:] == second and len(set(first)) == 3
+    points = [line for line in figures["all.png"].axes[0].lines if line.get_marker() != "None"]
+    assert [line.get_color() for line in points] == first
+
+
+def test_the_aggregate_shows_scores_and_probabilities(two_scales, figures):
+    """The numbers of the tables, one row per algorithm; the baseline has no probability."""
+    report = report_of(two_scales, baseline="Base")
+    scores, probabilities = figures["all.png"].axes
+    assert [label.get_text() for label in scores.get_yticklabels()] == ["A", "Base"]
+    interval, point = scores.lines[:2]
+    value, low, high = point.get_xdata()[0], *interval.get_xdata()
+    shown = [f"{value:.2f}", f"{low:.2f} to {high:.2f}"]
+    assert table_after(report, "Scores at the end")["A"][2:] == shown and low < value < high
+    rows = [line.get_ydata()[0] for line in probabilities.lines if line.get_marker() != "None"]
+    assert rows == [0] and probabilities.get_xlabel() == "probability of improvement over Base"
 
 
 def test_every_algorithm_looks_different_and_the_same_everywhere():

@@ -258,7 +258,7 @@ def _provenance(runs: Sequence[Run]) -> str:
             rows.append([name, *counter])
         else:
             rows.append([name, "; ".join(f"{value} ({count(number, 'run')})" for value, number in sorted(counter.items()))])
-    return _table(["", "value"], rows)
+    return _table(["", "value"], rows) if rows else "The runs do not say."
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
