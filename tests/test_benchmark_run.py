@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import gymnasium as gym
@@ -65,7 +66,7 @@ def test_a_run_leaves_its_evaluations_its_model_and_what_repeats_it(tmp_path, cl
     }  # fmt: skip
     written = json.loads((folder / "run.json").read_text())
     assert written["class_name"] == class_name and written["kwargs"]["learning_starts"] == 100 and written["seed"] == 0
-    assert written["versions"]["torch"] == th.__version__ and written["machine"]["cores"] == os.cpu_count()
+    assert written["versions"]["torch"] == version("torch") and written["machine"]["cores"] == os.cpu_count()
     model = training.algorithm_class(class_name).load(folder / "model.zip")
     assert model.num_timesteps == 300
 

@@ -1,5 +1,6 @@
 """The pictures of the report: opaque light cards with dark text, for light and dark pages."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ LOOK: dict[Any, Any] = {
     "lines.linewidth": 2.2,
     "lines.markersize": 7,
     "legend.frameon": False,
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.06,
 }
 
 
@@ -73,15 +76,17 @@ def draw_curves(path: Path, environment: str, curves: Mapping[str, Curve], style
 
     :param path: of the PNG
     :param environment: its name, for the title
-    :param curves: by algorithm
+    :param curves: by algorithm; at least one
     :param styles: by algorithm
     """
-    longest = max((curve.seconds.max() for curve in curves.values()), default=0.0)
+    longest = max(curve.seconds.max() for curve in curves.values())
     unit, seconds = ("hours", 3600) if longest >= 7200 else ("minutes", 60)
-    with _card(path, 12.0, 5.2 + 0.3 * (len(curves) // 3)) as figure:
+    labels = {name: f"{name} ({count(curve.seeds, 'seed')})" for name, curve in curves.items()}
+    columns = max(1, min(len(labels), int(12 / (1 + 0.1 * max(map(len, labels.values()))))))  # a letter takes 0.1 inch
+    with _card(path, 12.0, 5.2 + 0.3 * math.ceil(len(labels) / columns)) as figure:
         by_steps, by_time = figure.subplots(1, 2, sharey=True)
         for name, curve in curves.items():
-            _draw_curve(by_steps, curve.steps, curve, styles[name], f"{name} ({count(curve.seeds, 'seed')})")
+            _draw_curve(by_steps, curve.steps, curve, styles[name], labels[name])
             _draw_curve(by_time, curve.seconds / seconds, curve, styles[name])
         by_steps.set(xlabel="environment steps", ylabel="return")
         by_time.set(xlabel=f"{unit} of training")
@@ -92,7 +97,7 @@ def draw_curves(path: Path, environment: str, curves: Mapping[str, Curve], style
             axes.yaxis.set_major_formatter(NUMBERS)
             axes.set_xlim(left=0)
         figure.suptitle(environment, fontsize=17, color=INK)
-        figure.legend(loc="outside lower center", ncols=min(3, len(curves)))
+        figure.legend(loc="outside lower center", ncols=columns)
 
 
 def _draw_curve(axes: Axes, x: np.ndarray, curve: Curve, style: Style, label: str | None = None) -> None:
@@ -140,7 +145,7 @@ def draw_aggregate(
 
 def _draw_interval(axes: Axes, row: int, estimate: Estimate, style: Style) -> None:
     axes.plot([estimate.low, estimate.high], [row, row], color=style.color, alpha=0.35, linewidth=11, solid_capstyle="butt")
-    axes.plot(estimate.value, row, color=style.color, marker=style.marker, markersize=10)
+    axes.plot(estimate.value, row, color=style.color, marker=style.marker, markersize=9)
 
 
 def count(number: int, what: str) -> str:

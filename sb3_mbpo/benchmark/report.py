@@ -116,7 +116,7 @@ def _what_to_know(benchmark: Benchmark) -> list[str]:
     for environment in benchmark.environments:
         ends = last_evaluations(benchmark.common.query("environment == @environment")).groupby("algorithm")["steps"].first()
         if ends.nunique() > 1:
-            differing = ", ".join(f"{algorithm} {steps:,}" for algorithm, steps in ends.items())
+            differing = "; ".join(f"{algorithm} {steps:,}" for algorithm, steps in ends.items())
             lines.append(f"{environment}: the algorithms end at different steps: {differing}.")
     return ["## What to know first", "\n".join(f"- {line}" for line in lines)] if lines else []
 
@@ -258,7 +258,7 @@ def _provenance(runs: Sequence[Run]) -> str:
             rows.append([name, *counter])
         else:
             rows.append([name, "; ".join(f"{value} ({count(number, 'run')})" for value, number in sorted(counter.items()))])
-    return _table(["", "value"], rows)
+    return _table(["", "value"], rows) if rows else "The runs do not say."
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
