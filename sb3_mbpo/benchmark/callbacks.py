@@ -12,7 +12,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
-COLUMNS = ["steps", "return_mean", "return_std", "length_mean", "updates", "seconds"]
+from sb3_mbpo.benchmark.results import COLUMNS
 
 
 class Evaluation(BaseCallback):

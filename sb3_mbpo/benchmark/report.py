@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from sb3_mbpo.benchmark.figures import Curve, Style, count, draw_aggregate, draw_curves, make_styles
-from sb3_mbpo.benchmark.results import Run, join_runs, read_runs
+from sb3_mbpo.benchmark.results import RunFiles, join_runs, read_runs
 from sb3_mbpo.benchmark.statistics import (
     RESAMPLES,
     Estimate,
@@ -36,7 +36,7 @@ From few runs they come out too narrow: "1.00 to 1.00" says that every run won, 
 class Benchmark(NamedTuple):
     """All that the sections of the report are made of."""
 
-    runs: list[Run]
+    runs: list[RunFiles]
     #: See :func:`sb3_mbpo.benchmark.results.load_results`.
     evaluations: pd.DataFrame
     #: Those that all seeds have.
@@ -244,7 +244,7 @@ def _thresholds(benchmark: Benchmark, environment: str, decimals: int) -> list[s
     ]
 
 
-def _provenance(runs: Sequence[Run]) -> str:
+def _provenance(runs: Sequence[RunFiles]) -> str:
     values: dict[str, Counter[str]] = {}
     for run in runs:
         info = run.info

@@ -17,7 +17,7 @@ NAMES = ("environment", "algorithm", "seed")
 COLUMNS = ("steps", "return_mean", "return_std", "length_mean", "updates", "seconds")
 
 
-class Run(NamedTuple):
+class RunFiles(NamedTuple):
     """What lies in the folder of one run."""
 
     folder: Path
@@ -40,13 +40,13 @@ def load_results(folder: str | Path) -> pd.DataFrame:
     return join_runs(read_runs(Path(folder)))
 
 
-def read_runs(folder: Path) -> list[Run]:
+def read_runs(folder: Path) -> list[RunFiles]:
     """
     :param folder: see :func:`load_results`
     :return: all runs, those without an evaluation, too
     :raises ValueError: when there is none, two are the same, or a file is not what it should be
     """
-    runs: dict[str, Run] = {}
+    runs: dict[str, RunFiles] = {}
     for path in sorted(folder.glob("**/seed_*/run.json")):
         run = _read_run(path)
         if str(run) in runs:
@@ -57,7 +57,7 @@ def read_runs(folder: Path) -> list[Run]:
     return list(runs.values())
 
 
-def join_runs(runs: Sequence[Run]) -> pd.DataFrame:
+def join_runs(runs: Sequence[RunFiles]) -> pd.DataFrame:
     """
     :param runs: of :func:`read_runs`
     :return: see :func:`load_results`
@@ -69,7 +69,7 @@ def join_runs(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.concat(tables)[[*NAMES, *COLUMNS]].sort_values([*NAMES, "steps"], ignore_index=True)
 
 
-def _read_run(path: Path) -> Run:
+def _read_run(path: Path) -> RunFiles:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         info |= {"environment": str(info["environment"]), "algorithm": str(info["algorithm"])}
@@ -85,4 +85,4 @@ def _read_run(path: Path) -> Run:
         evaluations = pd.DataFrame(columns=list(COLUMNS), dtype=float)
     except ValueError as error:
         raise ValueError(f"{table} is not a table of evaluations ({error}): expected numbers in {COLUMNS}.") from error
-    return Run(path.parent, info, evaluations.drop_duplicates("steps", keep="last").sort_values("steps"))
+    return RunFiles(path.parent, info, evaluations.drop_duplicates("steps", keep="last").sort_values("steps"))
