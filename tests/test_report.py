@@ -252,6 +252,7 @@ def test_a_step_that_was_evaluated_twice_counts_once(tmp_path):
     with (run / "evaluations.csv").open("a") as file:
         file.write("2000,20,1,100,4000,6\n")
     assert load_results(tmp_path)["return_mean"].tolist() == [1, 20, 3]
+    assert "not finished" not in report_of(tmp_path)  # the last row is not the last step
 
 
 def test_no_runs_are_an_error(tmp_path):
@@ -366,7 +367,7 @@ def test_without_given_scores_the_range_of_the_means_is_used(tmp_path):
 
 def test_unfinished_runs_end_the_curve_of_their_algorithm(tmp_path):
     """At the last evaluation that all seeds have. The other algorithms go on, and the report says it all."""
-    write_run(tmp_path, "E", "A", 0, [1, 2, 3, 4])
+    write_run(tmp_path, "E", "A", 0, [1, 2, 3, 9])
     write_run(tmp_path, "E", "A", 1, [3, 4], planned=4000)
     write_run(tmp_path, "E", "SAC", 0, [0, 0, 0, 9])
     report = report_of(tmp_path)
@@ -376,6 +377,7 @@ def test_unfinished_runs_end_the_curve_of_their_algorithm(tmp_path):
     assert "seed 0: not finished" not in report
     row = table_after(report, "## E")["A"]
     assert row[0] == "3.00 ± 1.41" and row[3] == "2,000"
+    assert table_after(report, "Steps to SAC's 4,000-step return (9.00)")["A"] == ["4,000", "1 of 2"]  # all count here
 
 
 def test_seeds_without_a_common_evaluation_are_left_out_and_named(tmp_path):

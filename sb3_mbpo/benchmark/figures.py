@@ -24,6 +24,7 @@ LOOK: dict[Any, Any] = {
     "figure.facecolor": CARD,
     "axes.facecolor": CARD,
     "text.color": INK,
+    "text.parse_math": False,
     "axes.labelcolor": INK,
     "axes.titlecolor": INK,
     "axes.edgecolor": INK,
@@ -161,4 +162,4 @@ def _card(path: Path, width: float, height: float) -> Iterator[Figure]:
         matplotlib.rcParams.update(LOOK)
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        figure.savefig(path, dpi=150, facecolor=CARD, transparent=False)
+        figure.savefig(path, dpi=150)

@@ -70,7 +70,7 @@ def probability_of_improvement(
 
 
 def _share_of_wins(runs: np.ndarray, others: np.ndarray, axis: int) -> np.ndarray:
-    test = mannwhitneyu(runs, others, alternative="greater", axis=axis, method="asymptotic")
+    test = mannwhitneyu(runs, others, axis=axis, method="asymptotic")
     return np.asarray(test.statistic / (runs.shape[axis] * others.shape[axis]))
 
 
