@@ -25,7 +25,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mbpo.benchmark import __main__ as command_line
-from sb3_mbpo.benchmark import callbacks, training
+from sb3_mbpo.benchmark import callbacks, suite, training
 from sb3_mbpo.benchmark.callbacks import Evaluation, read_rows
 from sb3_mbpo.benchmark.runner import local_processes, ray_cluster, run_all
 from sb3_mbpo.benchmark.suite import Run, load_suite
@@ -243,12 +243,12 @@ def test_a_run_that_fails_or_dies_harms_no_other(tmp_path):
 
 def test_a_killed_suite_goes_on_with_the_same_command(tmp_path):
     """The command and its processes get SIGKILL in the middle of the second run."""
-    suite = tmp_path / "suite.yml"
+    path = tmp_path / "suite.yml"
     algorithm = {"class": "sb3_mbpo.MBPO", "settings": "mbpo", "kwargs": make_run().kwargs}
     content = {"eval_freq": 100, "eval_episodes": 1, "seeds": [0, 1], "environments": {"Pendulum-v1": {"steps": 300}}}
-    suite.write_text(yaml.safe_dump(content | {"algorithms": {"MBPO": algorithm}}))
-    command = [sys.executable, "-m", "sb3_mbpo.benchmark", "run", str(suite), "--out", str(tmp_path / "out"), "--jobs", "1"]
-    first, second = load_suite(suite)
+    path.write_text(yaml.safe_dump(content | {"algorithms": {"MBPO": algorithm}}))
+    command = [sys.executable, "-m", "sb3_mbpo.benchmark", "run", str(path), "--out", str(tmp_path / "out"), "--jobs", "1"]
+    first, second = load_suite(path)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=subprocess.DEVNULL)
     while not checkpoints(tmp_path / "out" / second.folder / "checkpoint"):
@@ -266,11 +266,11 @@ def test_a_killed_suite_goes_on_with_the_same_command(tmp_path):
 
 
 def test_the_command_tells_how_many_runs_failed(tmp_path, monkeypatch, capsys):
-    suite = tmp_path / "suite.yml"
+    path = tmp_path / "suite.yml"
     algorithm = {"class": "stable_baselines3.SAC", "kwargs": {"tau": "a"}}
     content = {"seeds": [0], "environments": {"Pendulum-v1": {"steps": 300}}, "algorithms": {"SAC": algorithm}}
-    suite.write_text(yaml.safe_dump(content))
-    monkeypatch.setattr("sys.argv", ["benchmark", "run", str(suite), "--out", str(tmp_path / "out")])
+    path.write_text(yaml.safe_dump(content))
+    monkeypatch.setattr("sys.argv", ["benchmark", "run", str(path), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match=r"1 of 1 runs failed\. The same command tries them again"):
         command_line.main()
     monkeypatch.setattr("sys.argv", ["benchmark", "run", "slow"])
@@ -313,18 +313,26 @@ def test_a_ray_cluster_of_two_machines_survives_the_death_of_a_worker(tmp_path):
     assert after.seconds[0] == before[0].seconds[0]
 
 
+def test_without_the_extra_only_the_speed_can_be_measured(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sb3_mbpo.benchmark.runner", None)
+    monkeypatch.setattr("sys.argv", ["benchmark", "run", "quick"])
+    with pytest.raises(SystemExit):
+        command_line.main()
+    assert 'pip install "sb3_mbpo[benchmark]"' in capsys.readouterr().err
+
+
 def test_the_quick_suite_and_its_report_at_tiny_size(tmp_path, monkeypatch):
     """The commands of the README. Runs are as the suite has them, but for fewer steps, updates and imagined rows."""
 
-    def tiny(suite):
+    def tiny(name):
         runs = []
-        for run in load_suite(suite):
+        for run in load_suite(name):
             small = {"learning_starts": 100, "gradient_steps": 1, "rollout_batch_size": 200, "dynamics_kwargs": TINY_FIT}
             kwargs = run.kwargs | {key: value for key, value in small.items() if key in run.kwargs or "MBPO" in run.class_name}
             runs.append(dataclasses.replace(run, steps=300, eval_freq=150, eval_episodes=1, kwargs=kwargs))
         return runs
 
-    monkeypatch.setattr(command_line, "load_suite", tiny)
+    monkeypatch.setattr(suite, "load_suite", tiny)
     monkeypatch.chdir(tmp_path)
     for command in (["run", "quick"], ["report", "results/quick"]):
         monkeypatch.setattr("sys.argv", ["benchmark", *command])

@@ -7,10 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sb3_mbpo.benchmark.report import write_report
-from sb3_mbpo.benchmark.runner import local_processes, ray_cluster, run_all
 from sb3_mbpo.benchmark.speed import measure_speed, speed_tables
-from sb3_mbpo.benchmark.suite import load_suite
 
 
 def main() -> None:
@@ -45,6 +42,8 @@ def main() -> None:
         arguments.command(arguments)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
+    except ModuleNotFoundError as error:
+        parser.exit(2, f'{error}. Install what the benchmark needs: pip install "sb3_mbpo[benchmark]"\n')
 
 
 def _speed(arguments: argparse.Namespace) -> None:
@@ -56,6 +55,9 @@ def _speed(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from sb3_mbpo.benchmark.runner import local_processes, ray_cluster, run_all  # their packages come with the extra
+    from sb3_mbpo.benchmark.suite import load_suite
+
     runs = load_suite(arguments.suite)
     results = arguments.out or Path("results", Path(arguments.suite).stem)
     backend = ray_cluster(arguments.address) if arguments.backend == "ray" else local_processes(arguments.jobs)
@@ -66,6 +68,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from sb3_mbpo.benchmark.report import write_report
+
     print(f"Wrote {write_report(arguments.results, arguments.out, arguments.baseline)}.")
 
 
