@@ -27,6 +27,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from sb3_mbpo.benchmark import __main__ as command_line
 from sb3_mbpo.benchmark import callbacks, suite, training
 from sb3_mbpo.benchmark.callbacks import Evaluation, read_rows
+from sb3_mbpo.benchmark.report import write_report
 from sb3_mbpo.benchmark.runner import local_processes, ray_cluster, run_all
 from sb3_mbpo.benchmark.suite import Run, load_suite
 from sb3_mbpo.benchmark.training import is_finished, make_env, steps_so_far, train
@@ -103,7 +104,18 @@ def test_evaluations_do_not_change_the_training(tmp_path, class_name):
         models.append(training.algorithm_class(class_name).load(folder / run.folder / "model.zip"))
     first, second = (model.policy.state_dict() for model in models)
     assert all(th.equal(first[name], second[name]) for name in first)
-    assert len(rows(often, tmp_path / "often")) == 5 and not (tmp_path / "never" / never.folder / "evaluations.csv").exists()
+    assert len(rows(often, tmp_path / "often")) == 5 and rows(never, tmp_path / "never").steps.tolist() == [300]
+
+
+@pytest.mark.parametrize("steps, expected", [(250, [100, 200, 250]), (50, [50])])
+def test_the_end_of_a_run_is_evaluated_wherever_it_is(tmp_path, steps, expected):
+    """Else the report would call the run unfinished, or have nothing to tell of it."""
+    run = make_run("stable_baselines3.SAC", steps=steps)
+    with local_processes(1) as submit, open(tmp_path / "console", "w") as file:
+        assert run_all([run], tmp_path, submit, Console(file=file, width=200)) == []
+    assert rows(run, tmp_path).steps.tolist() == expected
+    assert f"after {steps} steps" in (tmp_path / "console").read_text()
+    assert "not finished" not in write_report(tmp_path).read_text()
 
 
 def test_evaluations_count_the_steps_of_all_environments(tmp_path):

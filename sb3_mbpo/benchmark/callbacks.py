@@ -17,9 +17,9 @@ from sb3_mbpo.benchmark.results import COLUMNS
 
 class Evaluation(BaseCallback):
     """
-    Runs the deterministic policy whenever the environment steps pass a multiple of ``eval_freq``, and writes a row: the
-    steps, mean and standard deviation of the returns, the mean length of the episodes, the updates so far, and the seconds
-    of training so far, without those of evaluations.
+    Runs the deterministic policy whenever the environment steps pass a multiple of ``eval_freq``, and at the end of training,
+    and writes a row: the steps, mean and standard deviation of the returns, the mean length of the episodes, the updates so
+    far, and the seconds of training so far, without those of evaluations.
 
     :param eval_env: one environment with true returns
     :param eval_freq: environment steps
@@ -40,6 +40,10 @@ class Evaluation(BaseCallback):
         if self.num_timesteps // self.eval_freq > (self.num_timesteps - self.training_env.num_envs) // self.eval_freq:
             self._evaluate()
         return True
+
+    def _on_training_end(self) -> None:
+        if not self.rows or self.rows[-1]["steps"] < self.num_timesteps:
+            self._evaluate()
 
     def _evaluate(self) -> None:
         before = time.perf_counter()

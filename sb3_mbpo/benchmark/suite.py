@@ -1,7 +1,7 @@
 """
 Suites: YAML files that say what to run, algorithms by environments by seeds::
 
-    eval_freq: 500          # environment steps between two evaluations
+    eval_freq: 500          # environment steps between two evaluations; there is one at the end, too
     eval_episodes: 10
     seeds: [0, 1, 2]
     environments:
