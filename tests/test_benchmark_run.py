@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 
@@ -251,6 +252,22 @@ def test_a_run_that_fails_or_dies_harms_no_other(tmp_path):
     assert "1 of 2 runs are finished already" in (tmp_path / "console").read_text()
     assert rows(killed, tmp_path).seconds[0] == first  # it went on, instead of beginning anew
     assert is_finished(killed, tmp_path)
+
+
+@pytest.mark.parametrize("message", ["[enforce fail] out of memory", "nothing in [/data/x]"])
+def test_brackets_are_printed_as_they_are(tmp_path, message):
+    """In the name of an algorithm, and in an error, which may come from anywhere."""
+    run = make_run("stable_baselines3.SAC", algorithm="SAC [mine]")
+    train(run, tmp_path)
+    again = dataclasses.replace(run, seed=1)
+    results = {run.seed: Future(), again.seed: Future()}
+    results[run.seed].set_result(None)
+    results[again.seed].set_exception(OSError(message))
+    (tmp_path / run.folder / "model.zip").unlink()  # else there is nothing to do
+    with open(tmp_path / "console", "w") as file:
+        assert run_all([run, again], tmp_path, lambda run, _: results[run.seed], Console(file=file, width=200)) == [again]
+    printed = (tmp_path / "console").read_text()
+    assert f"{run}: " in printed and f"{again} failed: {OSError(message)!r}" in printed
 
 
 def test_a_killed_suite_goes_on_with_the_same_command(tmp_path):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -77,7 +78,7 @@ def run_all(runs: Sequence[Run], results: Path, submit: Submit, console: Console
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
     with Progress(*columns, console=console, speed_estimate_period=600) as progress:
         everything = progress.add_task("all runs", total=sum(run.steps for run in todo))
-        bars = {run.folder: progress.add_task(str(run), total=run.steps, visible=False) for run in todo}
+        bars = {run.folder: progress.add_task(escape(str(run)), total=run.steps, visible=False) for run in todo}
         pending = set(futures)
         while pending:
             ended, pending = wait(pending, timeout=2, return_when=FIRST_COMPLETED)
@@ -92,10 +93,12 @@ def run_all(runs: Sequence[Run], results: Path, submit: Submit, console: Console
 
 
 def _last_words(run: Run, results: Path, error: BaseException | None) -> str:
+    """In Rich's markup, which would take what stands in brackets for its own."""
     if error is not None:
-        return f"[red]{run} failed: {error!r}[/red]"
+        return f"[red]{escape(f'{run} failed: {error!r}')}[/red]"
     last = read_rows(results / run.folder / "evaluations.csv")[-1]
-    return f"{run}: {last['return_mean']:.1f} after {last['steps']:,.0f} steps in {last['seconds'] / 60:.1f} minutes"
+    end = f"{last['return_mean']:.1f} after {last['steps']:,.0f} steps in {last['seconds'] / 60:.1f} minutes"
+    return f"{escape(str(run))}: {end}"
 
 
 class _Speed(ProgressColumn):
