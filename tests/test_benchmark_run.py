@@ -1,5 +1,6 @@
 """Runs of a suite: what they write, that they go on where they were stopped, and that one cannot harm another."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -21,6 +22,7 @@ import pandas as pd
 import pytest
 import torch as th
 import yaml
+from filelock import FileLock
 from rich.console import Console
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
@@ -292,6 +294,29 @@ def test_a_killed_suite_goes_on_with_the_same_command(tmp_path):
     assert "1 of 2 runs are finished already" in done.stdout and f"{second}: " in done.stdout
     assert rows(second, tmp_path / "out").steps.tolist() == [100, 200, 300]
     assert rows(second, tmp_path / "out").seconds[0] == before.seconds[0]  # it went on, instead of beginning anew
+
+
+def test_the_runs_of_a_killed_command_die_with_it(tmp_path):
+    """SIGKILL goes to the command alone. The long run's process lets go of the lock, and has not come to its end."""
+    path = tmp_path / "suite.yml"
+    algorithm = {"class": "stable_baselines3.SAC", "kwargs": {"batch_size": 8}}
+    content = {"eval_freq": 100, "eval_episodes": 1, "seeds": [0], "environments": {"Pendulum-v1": {"steps": 100_000}}}
+    path.write_text(yaml.safe_dump(content | {"algorithms": {"SAC": algorithm}}))
+    command = [sys.executable, "-m", "sb3_mbpo.benchmark", "run", str(path), "--out", str(tmp_path / "out")]
+    (run,) = load_suite(path)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        while not list((tmp_path / "out" / run.folder).glob("checkpoint/steps_*")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+        with FileLock(tmp_path / "out" / run.folder / "lock", timeout=10):
+            assert not is_finished(run, tmp_path / "out")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_the_command_tells_how_many_runs_failed(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,8 @@ of the results.
 """
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -30,7 +32,8 @@ def local_processes(jobs: int) -> Iterator[Submit]:
     context = multiprocessing.get_context("spawn")
 
     def train_in_own_process(run: Run, results: Path) -> None:
-        with ProcessPoolExecutor(1, mp_context=context) as process:  # if it dies, it takes no other run with it
+        # if it dies, it takes no other run with it
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_die_with_the_command) as process:
             process.submit(train, run, results).result()
 
     threads = ThreadPoolExecutor(jobs)
@@ -38,6 +41,18 @@ def local_processes(jobs: int) -> Iterator[Submit]:
         yield lambda run, results: threads.submit(train_in_own_process, run, results)
     finally:
         threads.shutdown(cancel_futures=True)
+
+
+def _die_with_the_command() -> None:
+    """In a run's process, which would go on without the command, and then wait forever for another run."""
+    command = multiprocessing.parent_process()
+
+    def wait_and_die() -> None:
+        if command is not None:
+            command.join()
+            os._exit(1)
+
+    threading.Thread(target=wait_and_die, daemon=True).start()
 
 
 @contextmanager
