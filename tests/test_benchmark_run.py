@@ -214,6 +214,16 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         train(make_run(steps=500), tmp_path)
 
 
+def test_a_finished_run_with_other_settings_is_not_what_was_asked_for(tmp_path):
+    """A suite that was changed is never told that all is finished already."""
+    train(make_run(), tmp_path)
+    changed = make_run(steps=500)
+    assert is_finished(make_run(), tmp_path) and not is_finished(changed, tmp_path)
+    with local_processes(1) as submit, open(tmp_path / "console", "w") as file:
+        assert run_all([changed], tmp_path, submit, Console(file=file, width=1000)) == [changed]
+    assert "holds a run with {'steps': 300}" in (tmp_path / "console").read_text()
+
+
 def test_one_process_at_a_time_trains_a_run(tmp_path):
     """The second waits, then finds the run finished."""
     run = make_run()

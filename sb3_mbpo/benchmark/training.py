@@ -52,8 +52,9 @@ def train(run: Run, results: Path) -> None:
 
 
 def is_finished(run: Run, results: Path) -> bool:
-    """Whether the run has come to its end."""
-    return (results / run.folder / "model.zip").exists()
+    """Whether the run has come to its end, with these settings and no others."""
+    folder = results / run.folder
+    return (folder / "model.zip").exists() and not _differences(run, folder)
 
 
 def steps_so_far(run: Run, results: Path) -> int:
@@ -74,15 +75,14 @@ def make_env(run: Run, training: bool) -> VecEnv:
 
 def _claim(run: Run, folder: Path) -> None:
     """Writes ``run.json``, or makes sure that the one that is there says the same."""
-    path, asked = folder / "run.json", json.loads(json.dumps(asdict(run)))
+    if different := _differences(run, folder):
+        there, wanted = ({name: pair[side] for name, pair in different.items()} for side in (0, 1))
+        raise ValueError(
+            f"{folder} holds a run with {there}, but {run} is to have {wanted}. "
+            "Choose another folder for the results, or delete this one."
+        )
+    path = folder / "run.json"
     if path.exists():
-        found = json.loads(path.read_text())
-        if different := [name for name in asked if found.get(name) != asked[name]]:
-            there, wanted = ({name: run.get(name) for name in different} for run in (found, asked))
-            raise ValueError(
-                f"{folder} holds a run with {there}, but {run} is to have {wanted}. "
-                "Choose another folder for the results, or delete this one."
-            )
         return
     made_with = {
         "versions": versions(),
@@ -90,7 +90,14 @@ def _claim(run: Run, folder: Path) -> None:
         "machine": {"processor": processor(), "cores": os.cpu_count()},
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
-    write_whole(path, json.dumps(asked | made_with, indent=2))
+    write_whole(path, json.dumps(asdict(run) | made_with, indent=2))
+
+
+def _differences(run: Run, folder: Path) -> dict[str, tuple[Any, Any]]:
+    """:return: by name, what ``run.json`` says and what the run is to have, where they are not the same"""
+    path, asked = folder / "run.json", json.loads(json.dumps(asdict(run)))
+    found = json.loads(path.read_text()) if path.exists() else asked
+    return {name: (found.get(name), asked[name]) for name in asked if found.get(name) != asked[name]}
 
 
 def _train(run: Run, folder: Path) -> None:
