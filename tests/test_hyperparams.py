@@ -147,6 +147,13 @@ def test_normalize_is_read_as_keyword_arguments(written, read, tmp_path):
             "Line-v0: {n_timesteps: 10, policy: MlpPolicy, normalize: 'dict()'}",
             r"a YAML mapping as `normalize`, but got 'dict\(\)'",
         ),
+        (
+            "Line-v0: {n_timesteps: 10, policy: MlpPolicy, normalize: 5}",
+            "a YAML mapping as `normalize`, but got 5",
+        ),
+        ("Line-v0: [", "own.yml is no YAML file: while parsing"),
+        ("[Line-v0]", r"Expected a YAML mapping in .*own.yml, but got \['Line-v0'\]"),
+        ("Line-v0: 5", "own.yml needs a mapping for 'Line-v0', but it has 5"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_explained(content, message, tmp_path):

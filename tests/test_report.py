@@ -476,6 +476,7 @@ def test_an_unknown_baseline_is_an_error(two_scales):
         (([0, 1], [0, 2]), "disagree about `scores`"),
         (([1, 0], [1, 0]), "the lower one first, but got .1, 0."),
         (([1], [1]), "must be two returns"),
+        ((["a", 1], ["a", 1]), "must be two returns"),
     ],
 )
 def test_scores_that_make_no_sense_are_an_error(tmp_path, scores, message):

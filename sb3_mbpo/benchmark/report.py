@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from sb3_mbpo.benchmark.figures import Curve, Style, count, draw_aggregate, draw_curves, make_styles
-from sb3_mbpo.benchmark.results import RunFiles, join_runs, read_runs
+from sb3_mbpo.benchmark.results import RunFiles, check_scores, join_runs, read_runs
 from sb3_mbpo.benchmark.statistics import (
     RESAMPLES,
     Estimate,
@@ -129,8 +129,7 @@ def _score_range(benchmark: Benchmark, environment: str) -> tuple[float, float, 
         raise ValueError(f"The runs on {environment} disagree about `scores`: {sorted(given)}. Make them equal in run.json.")
     if given:
         scores = json.loads(given.pop())
-        if not (isinstance(scores, list) and len(scores) == 2 and scores[0] < scores[1]):
-            raise ValueError(f"`scores` of {environment} must be two returns, the lower one first, but got {scores!r}.")
+        check_scores(environment, scores)
         return float(scores[0]), float(scores[1]), "given in `run.json`"
     low, high = score_range(benchmark.common.query("environment == @environment"))
     return low, high, "lowest and highest mean over the seeds of an algorithm at any evaluation"

@@ -69,6 +69,17 @@ def join_runs(runs: Sequence[RunFiles]) -> pd.DataFrame:
     return pd.concat(tables)[[*NAMES, *COLUMNS]].sort_values([*NAMES, "steps"], ignore_index=True)
 
 
+def check_scores(environment: str, scores: Any) -> None:
+    """
+    :param environment: its name
+    :param scores: the returns that count as 0 and 1
+    :raises ValueError: when they are not two numbers, the lower one first
+    """
+    numbers = isinstance(scores, list) and all(isinstance(score, int | float) for score in scores)
+    if not (numbers and len(scores) == 2 and scores[0] < scores[1]):
+        raise ValueError(f"`scores` of {environment} must be two returns, the lower one first, but got {scores!r}.")
+
+
 def _read_run(path: Path) -> RunFiles:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))

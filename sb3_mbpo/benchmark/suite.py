@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import yaml
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.hyperparams import Settings, load_settings, normalize_kwargs
+from sb3_mbpo.benchmark.results import check_scores
+from sb3_mbpo.hyperparams import Settings, load_settings, normalize_kwargs, read_yaml
 from sb3_mbpo.schedules import check_positive
 
 FOLDER = Path(__file__).parent / "suites"
@@ -94,8 +94,12 @@ def load_suite(name: str | Path) -> list[Run]:
     if not path.is_file():
         ours = sorted(file.stem for file in FOLDER.glob("*.yml"))
         raise ValueError(f"There is no suite {str(name)!r}: pass one of {ours} or the path of a YAML file.")
-    suite = yaml.safe_load(path.read_text())
+    suite = read_yaml(path)
     _check_keys(str(path), suite, IN_SUITE, {"seeds", "environments", "algorithms"})
+    for part, kind in {"seeds": list, "environments": dict, "algorithms": dict}.items():
+        if not (isinstance(suite[part], kind) and suite[part]):
+            what = "list" if kind is list else "mapping"
+            raise ValueError(f"Expected a {what} of at least one entry as `{part}` in {path}, but got {suite[part]!r}.")
     runs = [
         _make_run(environment, suite["environments"][environment], algorithm, suite["algorithms"][algorithm], seed, suite)
         for seed in suite["seeds"]
@@ -112,8 +116,8 @@ def algorithm_class(name: str) -> type[OffPolicyAlgorithm]:
     :param name: such as ``"stable_baselines3.SAC"``
     :raises ValueError: when there is none
     """
-    module, _, attribute = name.rpartition(".")
     try:
+        module, _, attribute = name.rpartition(".")
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"There is no algorithm {name!r}: write its module and class, such as 'sb3_contrib.TQC'.") from error
@@ -131,6 +135,12 @@ def _make_run(
         raise ValueError(f"Gymnasium knows no environment {environment!r}.")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"Expected seeds that are ints from 0 on, but got {seed!r}.")
+    for name, found in (("env_kwargs", of_environment.get("env_kwargs", {})), ("kwargs", of_algorithm.get("kwargs", {}))):
+        if not isinstance(found, dict):
+            raise ValueError(f"Expected a mapping as `{name}`, but got {found!r}.")
+    scores = of_environment.get("scores")
+    if scores is not None:
+        check_scores(environment, scores)
     common = {**COMMON, **suite, **of_environment}
     usual = load_settings(environment)
     settings = Settings(usual.n_timesteps, "MlpPolicy", 1, {}, None, {})
@@ -151,27 +161,27 @@ def _make_run(
         n_envs=check_positive("n_envs", of_algorithm.get("n_envs", settings.n_envs)),
         env_kwargs=of_environment.get("env_kwargs", usual.env_kwargs),
         normalize=normalize_kwargs(of_algorithm["normalize"]) if "normalize" in of_algorithm else settings.normalize,
-        scores=of_environment.get("scores"),
+        scores=scores,
     )
 
 
 def _keyword_arguments(of_algorithm: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     algorithm = algorithm_class(of_algorithm["class"])
-    known = inspect.signature(algorithm).parameters
+    known = set(inspect.signature(algorithm).parameters) - {"policy", "env", "seed", "device"}  # the run has its own
     kwargs = settings.kwargs
     if "settings" in of_algorithm and not issubclass(algorithm, MBPO):
         of_mbpo = inspect.signature(MBPO).parameters
         defaults = {name: of_mbpo[name].default for name in ("learning_starts", "gradient_steps")}
         kwargs = {name: value for name, value in {**defaults, **kwargs}.items() if name in known}
     kwargs = {**kwargs, **of_algorithm.get("kwargs", {})}
-    if unknown := set(kwargs) - set(known):
+    if unknown := set(kwargs) - known:
         raise ValueError(f"{of_algorithm['class']} has no parameters {sorted(unknown)}; it has {sorted(known)}.")
     return kwargs
 
 
 def _check_keys(name: str, entry: Any, known: set[str], needed: set[str]) -> None:
     if not isinstance(entry, Mapping) or not needed <= set(entry) <= known:
-        found = sorted(entry) if isinstance(entry, Mapping) else entry
+        found = sorted(map(str, entry)) if isinstance(entry, Mapping) else entry
         raise ValueError(f"{name} needs {sorted(needed)} and may have {sorted(known - needed)}, but it has {found}.")
 
 

@@ -43,14 +43,17 @@ def load_settings(env_id: str, name: str | Path = "mbpo") -> Settings:
     :param env_id: of Gymnasium; what the file does not list gets its ``default``
     :param name: see :func:`settings_file`
     :return: what the file says about the environment
-    :raises ValueError: when there is no such file, neither the environment nor a ``default`` in it, or no ``n_timesteps``
-        or ``policy`` there; or when ``normalize`` is Python code in a string, which only the Zoo runs
+    :raises ValueError: when there is no such file, it is no YAML mapping of mappings, neither the environment nor a
+        ``default`` is in it, or no ``n_timesteps`` or ``policy`` there; or when ``normalize`` is Python code in a string,
+        which only the Zoo runs
     """
     path = settings_file(name)
-    content = yaml.safe_load(path.read_text()) or {}
+    content = read_yaml(path)
     found = content.get(env_id, content.get("default"))
     if found is None:
         raise ValueError(f"{path} has neither {env_id!r} nor 'default', only {sorted(content)}.")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} needs a mapping for {env_id!r}, but it has {found!r}.")
     missing = sorted({"n_timesteps", "policy"} - set(found))
     if missing:
         raise ValueError(f"{path} has no {missing} for {env_id!r}: add them.")
@@ -60,13 +63,28 @@ def load_settings(env_id: str, name: str | Path = "mbpo") -> Settings:
     return Settings(n_timesteps, policy, kwargs.pop("n_envs", 1), kwargs.pop("env_kwargs", {}), normalize, kwargs)
 
 
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """
+    :param path: of a YAML file
+    :return: its mapping, which is empty if the file is
+    :raises ValueError: when it is no YAML, or something else than a mapping
+    """
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected a YAML mapping in {path}, but got {content!r}.")
+    return content
+
+
 def normalize_kwargs(normalize: bool | dict[str, Any]) -> dict[str, Any] | None:
     """
     :param normalize: the Zoo's word: whether to wrap the environments in ``VecNormalize``, or its keyword arguments
     :return: its keyword arguments, or ``None``
-    :raises ValueError: for an expression, which the Zoo would evaluate
+    :raises ValueError: for anything else, such as an expression, which the Zoo would evaluate
     """
-    if isinstance(normalize, str):
+    if not isinstance(normalize, bool | dict):
         raise ValueError(f"Expected true, false or a YAML mapping as `normalize`, but got {normalize!r}.")
     if isinstance(normalize, bool):
         return {} if normalize else None
