@@ -390,6 +390,7 @@ def test_seeds_without_a_common_evaluation_are_left_out_and_named(tmp_path):
     report = report_of(tmp_path)
     assert "- E: A left out, its seeds have no evaluation in common." in report
     assert set(table_after(report, "## E")) == {"SAC"}
+    assert table_after(report, "The returns that count")["F"] == ["", "", "left out: no two means differ"]
     assert "## F\n\nNo algorithm here has an evaluation that all its seeds have." in report
 
 
@@ -410,7 +411,7 @@ def test_one_seed_one_algorithm_one_evaluation(tmp_path):
     write_run(tmp_path, "E", "MBPO", 0, [7.0])
     report = report_of(tmp_path)
     assert table_after(report, "## E")["MBPO"][0] == "7.00"
-    assert table_after(report, "The returns that count")["E"] == ["", "", "left out: all means are equal"]
+    assert table_after(report, "The returns that count")["E"] == ["", "", "left out: no two means differ"]
     assert "probability that" not in report and "The runs do not say." in report
 
 

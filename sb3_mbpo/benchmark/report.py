@@ -156,7 +156,7 @@ def _aggregate(benchmark: Benchmark, ranges: dict[str, tuple[float, float, str]]
             improvement_rows.append([algorithm, len(both), *_cells(improvements[algorithm])])
 
     range_rows = [
-        [name, *([_number(low), _number(high), source] if name in used else ["", "", "left out: all means are equal"])]
+        [name, *([_number(low), _number(high), source] if name in used else ["", "", "left out: no two means differ"])]
         for name, (low, high, source) in ranges.items()
     ]
     sections = ["## All environments"]
