@@ -15,10 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import optuna
-import rl_zoo3.train
-from rl_zoo3.exp_manager import ExperimentManager
-from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+try:
+    import optuna
+    import rl_zoo3.train
+    from rl_zoo3.exp_manager import ExperimentManager
+    from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f'{error}. Install what the Zoo needs: pip install "sb3_mbpo[zoo]"') from error
 
 from sb3_mbpo.hyperparams import settings_file
 from sb3_mbpo.mbpo import MBPO

@@ -158,6 +158,13 @@ def test_what_cannot_work_is_refused_before_a_run_begins(tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
+def test_without_the_extra_the_command_names_it(tmp_path):
+    code = "import sys; sys.modules['optuna'] = None; import sb3_mbpo.zoo"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and 'pip install "sb3_mbpo[zoo]"' in done.stderr
+
+
 def test_other_algorithms_and_own_settings_are_left_alone(tmp_path):
     (tmp_path / "own.yml").write_text("default: {n_timesteps: 20, policy: MlpPolicy, tau: 0.125}")
     (tmp_path / "own.py").write_text("hyperparams = dict(default=dict(n_timesteps=20, policy='MlpPolicy', tau=0.375))")
