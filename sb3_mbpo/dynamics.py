@@ -42,6 +42,8 @@ class DynamicsConfig:
     :param improvement: by the paper's rule, the relative fall of a member's holdout error that counts as an improvement
     :param normalize_targets: whether to standardise the targets too, state and reward each on its own
         (arXiv 2510.01457); ``False`` is the paper's
+    :param constant_noise: whether the predicted standard deviation is one number per member and dimension, the same for all
+        inputs: the root of its mean squared error on the holdout. ``False`` is the paper's
     """
 
     ensemble_size: int = 7
@@ -57,6 +59,7 @@ class DynamicsConfig:
     patience: int = 5
     improvement: float = 0.01
     normalize_targets: bool = True
+    constant_noise: bool = False
 
     @classmethod
     def from_kwargs(cls, dynamics_kwargs: dict[str, Any] | None) -> "DynamicsConfig":
@@ -176,9 +179,8 @@ class Dynamics(nn.Module):
         self.register_buffer("_action_low", low, persistent=False)
         self.register_buffer("_action_range", high - low, persistent=False)
         input_dim, output_dim = obs_dim + len(low), obs_dim + 1
-        self.ensemble = GaussianEnsemble(
-            input_dim, output_dim, config.ensemble_size, list(config.net_arch), config.activation_fn, generator
-        )
+        sizes = (input_dim, output_dim, config.ensemble_size, list(config.net_arch))
+        self.ensemble = GaussianEnsemble(*sizes, config.activation_fn, generator, config.constant_noise)
         self.input_scaler = Standardizer(input_dim)
         self.target_scaler = Standardizer(output_dim)
         self.register_buffer("lowest", th.full((obs_dim,), -th.inf))

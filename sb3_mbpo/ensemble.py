@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from sb3_mbpo.activations import LayerNormSiLU
 from sb3_mbpo.products import linear
 
 #: Activations without parameters and without chance.
-PURE_ACTIVATIONS = (nn.SiLU, nn.ReLU, nn.Tanh, nn.ELU, nn.GELU, nn.Softplus, nn.LeakyReLU, nn.Mish)
+PURE_ACTIVATIONS = (nn.SiLU, nn.ReLU, nn.Tanh, nn.ELU, nn.GELU, nn.Softplus, nn.LeakyReLU, nn.Mish, LayerNormSiLU)
 #: Numbers of rows that vary are filled up to a multiple of this: oneDNN makes, and keeps, one kernel for each shape.
 ROWS_PER_BLOCK = 128
 
@@ -22,7 +23,8 @@ class GaussianEnsemble(nn.Module):
     Perceptrons that share nothing but two bounds, each with the mean and the log-variance of its output
     (Chua et al. 2018, section 4; Janner et al. 2019, section 4.1 and their code).
 
-    The log-variance is softly held between two learned vectors, because off the data it would explode.
+    The log-variance is softly held between two learned vectors, because off the data it would explode. A constant one needs
+    no bounds (Kubo et al. 2025, arXiv 2512.15439): it is the same for all inputs, a parameter of each member.
 
     :param input_dim: dimensions of the (scaled) input
     :param output_dim: dimensions of the (scaled) output
@@ -30,6 +32,7 @@ class GaussianEnsemble(nn.Module):
     :param net_arch: widths of the hidden layers
     :param activation_fn: activation between the layers
     :param generator: draws the initial weights
+    :param constant_noise: whether the log-variance is the same for all inputs
     """
 
     def __init__(
@@ -40,11 +43,12 @@ class GaussianEnsemble(nn.Module):
         net_arch: list[int],
         activation_fn: type[nn.Module],
         generator: th.Generator,
+        constant_noise: bool = False,
     ) -> None:
         super().__init__()
         self.ensemble_size = ensemble_size
         self.activation = activation_fn()
-        widths = [input_dim, *net_arch, 2 * output_dim]
+        widths = [input_dim, *net_arch, output_dim if constant_noise else 2 * output_dim]
         self.weights = nn.ParameterList()  # (ensemble, fan_in, fan_out) each
         self.biases = nn.ParameterList()  # (ensemble, 1, fan_out) each
         for fan_in, fan_out in itertools.pairwise(widths):
@@ -54,6 +58,11 @@ class GaussianEnsemble(nn.Module):
             self.biases.append(th.zeros(ensemble_size, 1, fan_out))
         self.max_log_var = nn.Parameter(th.full((output_dim,), 0.5))
         self.min_log_var = nn.Parameter(th.full((output_dim,), -10.0))
+        self.constant_log_var = nn.Parameter(th.zeros(ensemble_size, 1, output_dim)) if constant_noise else None
+
+    def noise_parameters(self) -> list[nn.Parameter]:
+        """What is learned about the noise beside the layers."""
+        return [self.max_log_var, self.min_log_var] if self.constant_log_var is None else [self.constant_log_var]
 
     def forward(self, inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -63,15 +72,7 @@ class GaussianEnsemble(nn.Module):
         :return: mean and log-variance, (ensemble, batch, output_dim) each
         """
         hidden = inputs.expand(self.ensemble_size, -1, -1)
-        if hidden.device.type == "cpu" and not th.is_grad_enabled():
-            return self._gaussian(th.stack([self._forward_member(rows, member) for member, rows in enumerate(hidden)]))
-        is_pure = type(self.activation) in PURE_ACTIVATIONS and not getattr(self.activation, "inplace", False)
-        if hidden.device.type == "cpu" and is_pure:
-            outputs: th.Tensor = _MemberByMember.apply(self.activation, hidden, *self.weights, *self.biases)  # type: ignore[no-untyped-call]
-            return self._gaussian(outputs)
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            hidden = th.baddbmm(bias, self.activation(hidden) if layer else hidden, weight)
-        return self._gaussian(hidden)
+        return self._gaussian(self._outputs(hidden), self.constant_log_var)
 
     def forward_members(self, inputs: th.Tensor, members: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -82,9 +83,26 @@ class GaussianEnsemble(nn.Module):
         :return: mean and log-variance, (batch, output_dim) each
         """
         order = th.argsort(members)
-        groups = inputs[order].split(th.bincount(members, minlength=self.ensemble_size).tolist())
-        outputs = th.cat([self._forward_member(group, member) for member, group in enumerate(groups)])
-        return self._gaussian(outputs[th.argsort(order)])
+        sizes = th.bincount(members, minlength=self.ensemble_size).tolist()
+        if th.is_grad_enabled() and len(set(sizes)) == 1:  # all members at once, for which autograd has less to record
+            outputs = self._outputs(inputs[order].unflatten(0, (self.ensemble_size, -1))).flatten(0, 1)
+        else:
+            groups = enumerate(inputs[order].split(sizes))
+            outputs = th.cat([self._forward_member(group, member) for member, group in groups])
+        log_var = None if self.constant_log_var is None else self.constant_log_var[members, 0]
+        return self._gaussian(outputs[th.argsort(order)], log_var)
+
+    def _outputs(self, hidden: th.Tensor) -> th.Tensor:
+        """:param hidden: (ensemble, batch, input_dim). :return: (ensemble, batch, fan_out of the last layer)"""
+        on_cpu = hidden.device.type == "cpu"
+        if on_cpu and not th.is_grad_enabled():
+            return th.stack([self._forward_member(rows, member) for member, rows in enumerate(hidden)])
+        is_pure = type(self.activation) in PURE_ACTIVATIONS and not getattr(self.activation, "inplace", False)
+        if on_cpu and is_pure and self.weights[0].requires_grad:
+            return _MemberByMember.apply(self.activation, hidden, *self.weights, *self.biases)  # type: ignore[no-any-return, no-untyped-call]
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            hidden = th.baddbmm(bias, self.activation(hidden) if layer else hidden, weight)
+        return hidden
 
     def _forward_member(self, hidden: th.Tensor, member: int) -> th.Tensor:
         n_rows = len(hidden)
@@ -93,7 +111,9 @@ class GaussianEnsemble(nn.Module):
             hidden = linear(self.activation(hidden) if layer else hidden, weight[member].t(), bias[member, 0])
         return hidden[:n_rows]
 
-    def _gaussian(self, outputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    def _gaussian(self, outputs: th.Tensor, constant_log_var: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
+        if constant_log_var is not None:
+            return outputs, constant_log_var.expand_as(outputs)
         mean, log_var = outputs.chunk(2, dim=-1)
         log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
         log_var = self.min_log_var + F.softplus(log_var - self.min_log_var)

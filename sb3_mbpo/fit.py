@@ -23,6 +23,8 @@ MIN_STEPS_PER_LOOK = 10
 N_LOOKS = 5
 #: ... in this last share of them the learning rate falls to zero.
 DECAY_SHARE = 0.2
+#: Smallest standard deviation of constant noise, in the units of the targets: a dimension without errors has no logarithm.
+MIN_NOISE = 1e-4
 
 
 def make_optimizer(dynamics: Dynamics) -> th.optim.Adam:
@@ -35,7 +37,7 @@ def make_optimizer(dynamics: Dynamics) -> th.optim.Adam:
     ensemble, config = dynamics.ensemble, dynamics.config
     decays = zip(ensemble.weights, config.layer_decays, strict=True)
     groups = [{"params": [weight], "weight_decay": decay} for weight, decay in decays]
-    groups.append({"params": [*ensemble.biases, ensemble.max_log_var, ensemble.min_log_var], "weight_decay": 0.0})
+    groups.append({"params": [*ensemble.biases, *ensemble.noise_parameters()], "weight_decay": 0.0})
     return th.optim.Adam(groups, lr=config.learning_rate, fused=True)
 
 
@@ -58,7 +60,8 @@ def split_holdout(
 
 def ensemble_loss(ensemble: GaussianEnsemble, inputs: th.Tensor, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
-    Negative log-likelihood, up to a constant, and the pull on the variance bounds (Chua et al. 2018, appendix A.1).
+    Negative log-likelihood, up to a constant, and the pull on the variance bounds (Chua et al. 2018, appendix A.1), which
+    constant noise does without.
 
     .. math:: \\sum_i \\mathrm{mean}[(\\mu_i - y)^2 e^{-v_i} + v_i] + 0.01 (\\sum v_{max} - \\sum v_{min})
 
@@ -69,8 +72,10 @@ def ensemble_loss(ensemble: GaussianEnsemble, inputs: th.Tensor, targets: th.Ten
     """
     mean, log_var = ensemble(inputs)
     likelihood = ((mean - targets).square() * (-log_var).exp() + log_var).mean(dim=(1, 2))
-    bounds = 0.01 * (ensemble.max_log_var.sum() - ensemble.min_log_var.sum())
-    return likelihood.sum() + bounds, likelihood.detach().mean()
+    loss = likelihood.sum()
+    if ensemble.constant_log_var is None:
+        loss = loss + 0.01 * (ensemble.max_log_var.sum() - ensemble.min_log_var.sum())
+    return loss, likelihood.detach().mean()
 
 
 class BestWeights:
@@ -228,6 +233,10 @@ def fit_ensemble(
         optimizer.state.clear()
 
     squared_errors, prediction = _evaluate(dynamics, holdout)
+    if ensemble.constant_log_var is not None:
+        with th.no_grad():
+            ensemble.constant_log_var.copy_(squared_errors.clamp(min=MIN_NOISE**2).log().unsqueeze(1))
+        prediction = _evaluate(dynamics, holdout)[1]
     member_errors = squared_errors.mean(dim=1)
     if not member_errors.isfinite().all():
         raise ValueError(

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from sb3_mbpo.activations import LayerNormSiLU
 from sb3_mbpo.ensemble import GaussianEnsemble, TerminationHead
 from sb3_mbpo.scaler import Standardizer
 
@@ -54,6 +55,32 @@ def test_each_row_costs_one_member(ensemble, generator):
     ensemble.forward_members(th.randn(8, 5, generator=generator), th.full((8,), 1))[0].sum().backward()
     touched = ensemble.weights[0].grad.abs().sum(dim=(1, 2)) > 0
     assert touched.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("constant_noise", [False, True])
+def test_equal_groups_give_the_same_values_and_gradients_as_all_others(constant_noise, generator):
+    """Frozen, as where gradients pass through: equal groups are computed at once, others one by one."""
+    ensemble = GaussianEnsemble(5, 3, 4, [16, 8], LayerNormSiLU, generator, constant_noise).requires_grad_(False)
+    if constant_noise:
+        nn.init.normal_(ensemble.constant_log_var, generator=generator)
+    members = th.arange(4).repeat(6)[th.randperm(24, generator=generator)]
+    results = []
+    for n_rows in (24, 23):
+        inputs = th.linspace(-2.0, 2.0, 24 * 5).view(24, 5).requires_grad_()
+        outputs = ensemble.forward_members(inputs[:n_rows], members[:n_rows])
+        (gradient,) = th.autograd.grad(sum(output[:23].square().sum() for output in outputs), inputs)
+        results.append([*(output[:23] for output in outputs), gradient[:23]])
+    for together, apart in zip(*results, strict=True):
+        th.testing.assert_close(together, apart, rtol=1e-4, atol=1e-6)
+
+
+def test_constant_noise_is_that_of_the_member_whatever_the_input(generator):
+    ensemble = GaussianEnsemble(5, 3, 4, [16, 8], nn.SiLU, generator, constant_noise=True)
+    nn.init.normal_(ensemble.constant_log_var, generator=generator)
+    inputs, members = th.randn(7, 5, generator=generator), th.tensor([2, 0, 0, 3, 1, 2, 2])
+    assert (ensemble.forward_members(inputs, members)[1] == ensemble.constant_log_var[members, 0]).all()
+    mean, log_var = ensemble(inputs)
+    assert mean.shape == log_var.shape == (4, 7, 3) and (log_var == ensemble.constant_log_var).all()
 
 
 def plain_formula(ensemble: GaussianEnsemble, inputs: th.Tensor, weights, biases) -> tuple[th.Tensor, th.Tensor]:

@@ -43,6 +43,20 @@ def test_the_known_noise_and_mean_of_a_linear_gaussian_system_are_recovered(fitt
         assert (errors < 0.25 * th.tensor([0.05, 0.2, 0.1])).all()
 
 
+def test_constant_noise_is_the_error_on_the_holdout(generator, monkeypatch):
+    data, _ = linear_gaussian(4000, generator)
+    dynamics = make_dynamics(generator, constant_noise=True, max_gradient_steps=600)
+    holdouts = []
+    monkeypatch.setattr("sb3_mbpo.fit.split_holdout", lambda *args: holdouts.append(split_holdout(*args)) or holdouts[-1])
+    result = fit_ensemble(dynamics, make_optimizer(dynamics), data, generator, is_first=True)
+    holdout = holdouts[0][1]
+    prediction = dynamics.predict(holdout.observations, holdout.actions)
+    targets = th.cat((holdout.next_observations, holdout.rewards.unsqueeze(-1)), dim=1)
+    errors = (prediction.mean - targets).square().mean(dim=1).sqrt()
+    th.testing.assert_close(prediction.std, errors.unsqueeze(1).expand_as(prediction.std), rtol=1e-4, atol=1e-6)
+    assert errors[list(result.elites)].mean(dim=0).tolist() == pytest.approx([0.05, 0.2, 0.1], rel=0.15)
+
+
 def test_log_variance_bounds_move(fitted):
     dynamics, _, (max_log_var, min_log_var) = fitted
     assert (dynamics.ensemble.max_log_var < max_log_var - 0.01).all()
