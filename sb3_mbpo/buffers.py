@@ -14,7 +14,7 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples, Repla
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mbpo.imagined_buffer import ImaginedBuffer
-from sb3_mbpo.observations import ObservationLayout
+from sb3_mbpo.observations import ObservationLayout, normalize_rewards
 from sb3_mbpo.type_aliases import Transitions
 
 Samples: TypeAlias = ReplayBufferSamples | DictReplayBufferSamples
@@ -209,9 +209,7 @@ class ModelAugmentedReplayBuffer:
 
     def _imagined_samples(self, n_rows: int, env: VecNormalize | None) -> Samples:
         rows = self.imagined.sample(n_rows, self.generator)
-        rewards = rows.rewards
-        if env is not None:
-            rewards = th.as_tensor(env.normalize_reward(rewards.cpu().numpy()), device=rewards.device)
+        rewards = normalize_rewards(rows.rewards, env)
         return ReplayBufferSamples(
             observations=self.layout.policy_input(rows.observations, env),  # type: ignore[arg-type]
             actions=rows.actions,

@@ -1,11 +1,13 @@
-"""Which spaces can be modelled, and how observations lie flat."""
+"""Which spaces can be modelled, how observations lie flat, and how the policy sees them."""
 
+import math
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -60,13 +62,31 @@ class ObservationLayout:
         """
         :param observations: (batch, obs_dim), raw and flat
         :param vec_normalize: whose current statistics normalise them; they are not updated
-        :return: (batch, *shape), or a dict of them, float32: what the policy expects
+        :return: (batch, *shape), or a dict of them, float32: what the policy expects; differentiable
         """
         columns = observations.split(self._sizes, dim=-1)
         parts = {key: column.reshape(-1, *shape) for column, (key, shape) in zip(columns, self._shapes.items(), strict=True)}
-        if vec_normalize is not None:
-            arrays = {key: part.cpu().numpy() for key, part in parts.items()}
-            normalized = vec_normalize.normalize_obs(arrays if self._is_dict else arrays[""])
-            arrays = normalized if isinstance(normalized, dict) else {"": normalized}
-            parts = {key: th.as_tensor(array, device=observations.device) for key, array in arrays.items()}
+        if vec_normalize is not None and vec_normalize.norm_obs:
+            statistics: Any = vec_normalize.obs_rms if self._is_dict else {"": vec_normalize.obs_rms}
+            for key, statistic in statistics.items():
+                parts[key] = _standardize(parts[key], statistic, vec_normalize)
         return parts if self._is_dict else parts[""]
+
+
+def normalize_rewards(rewards: th.Tensor, vec_normalize: VecNormalize | None) -> th.Tensor:
+    """
+    :param rewards: (..., batch), raw
+    :param vec_normalize: whose current statistics scale them; they are not updated
+    :return: of the same shape: what the critics are fed
+    """
+    if vec_normalize is None or not vec_normalize.norm_reward:
+        return rewards
+    scaled = rewards.double() / math.sqrt(vec_normalize.ret_rms.var + vec_normalize.epsilon)
+    return scaled.clamp(-vec_normalize.clip_reward, vec_normalize.clip_reward).float()
+
+
+def _standardize(values: th.Tensor, statistics: RunningMeanStd, vec_normalize: VecNormalize) -> th.Tensor:
+    """What SB3's ``normalize_obs`` does, in the same precision, but differentiable."""
+    mean, var = (th.as_tensor(moment, device=values.device) for moment in (statistics.mean, statistics.var))
+    scaled = (values.double() - mean) / (var + vec_normalize.epsilon).sqrt()
+    return scaled.clamp(-vec_normalize.clip_obs, vec_normalize.clip_obs).float()
