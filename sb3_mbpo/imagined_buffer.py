@@ -43,6 +43,10 @@ class ImaginedBuffer:
         self._pos = (self._pos + len(rows)) % self.capacity
         self._size = min(self._size + len(rows), self.capacity)
 
+    def clear(self) -> None:
+        """Forgets all rows; their memory stays reserved."""
+        self._pos = self._size = 0
+
     def newest(self, n_rows: int) -> Transitions:
         """The last ``n_rows`` that were added (all, if there are fewer), oldest first."""
         return self._unpack(self._newest(n_rows))

@@ -1,7 +1,7 @@
 """SAC's gradient steps on given batches."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -30,14 +30,14 @@ def sac_updates(model: SAC, batches: Sequence[Any], policy_delay: int) -> dict[s
     optimizers += [] if model.ent_coef_optimizer is None else [model.ent_coef_optimizer]
     model._update_learning_rate(optimizers)
     for optimizer in optimizers:
-        _fuse(optimizer)
+        fuse(optimizer)
     parameters, target_parameters = (
         [parameter.detach() for parameter in critic.parameters()] for critic in (model.critic, model.critic_target)
     )
     networks: Any = ClosedForm(model) if covers(model) else Autograd(model)
     losses: dict[str, list[th.Tensor]] = {"ent_coef": [], "actor_loss": [], "critic_loss": [], "ent_coef_loss": []}
     policy_is_new = True
-    with faster_layers(model.policy), _unchecked_distributions():
+    with faster_layers(model.policy), unchecked_distributions():
         for step, batch in enumerate(batches):
             updates_actor = model._n_updates % policy_delay == 0
             if model.use_sde:
@@ -48,7 +48,7 @@ def sac_updates(model: SAC, batches: Sequence[Any], policy_delay: int) -> dict[s
             if model.log_ent_coef is not None:
                 ent_coef = model.log_ent_coef.detach().exp()
                 if draw is not None:
-                    losses["ent_coef_loss"].append(_update_ent_coef(model, draw.log_prob))
+                    losses["ent_coef_loss"].append(update_ent_coef(model, draw.log_prob))
             else:
                 ent_coef = model.ent_coef_tensor
             losses["ent_coef"].append(ent_coef)
@@ -74,7 +74,16 @@ def sac_updates(model: SAC, batches: Sequence[Any], policy_delay: int) -> dict[s
                     target.lerp_(parameter, model.tau)
                 polyak_update(model.batch_norm_stats, model.batch_norm_stats_target, 1.0)
             model._n_updates += 1
-    means = {name: th.stack(values).mean().item() for name, values in losses.items() if values}
+    return checked_means(losses)
+
+
+def checked_means(losses: Mapping[str, Sequence[th.Tensor]]) -> dict[str, float]:
+    """
+    :param losses: by name, one number for each update
+    :return: their means, without those that have none
+    :raises ValueError: when one is NaN
+    """
+    means = {name: th.stack([value.squeeze() for value in values]).mean().item() for name, values in losses.items() if values}
     if any(math.isnan(mean) for mean in means.values()):
         raise ValueError(
             f"The networks of SAC are lost, its losses are no numbers any more: {means}. Go back to a saved model, and check "
@@ -84,7 +93,7 @@ def sac_updates(model: SAC, batches: Sequence[Any], policy_delay: int) -> dict[s
 
 
 @contextmanager
-def _unchecked_distributions() -> Iterator[None]:
+def unchecked_distributions() -> Iterator[None]:
     """PyTorch's distributions look at all their parameters whenever one is made: on a GPU, that waits for all before."""
     is_checked = th.distributions.Distribution._validate_args
     th.distributions.Distribution.set_default_validate_args(False)
@@ -94,7 +103,7 @@ def _unchecked_distributions() -> Iterator[None]:
         th.distributions.Distribution.set_default_validate_args(is_checked)
 
 
-def _fuse(optimizer: th.optim.Optimizer) -> None:
+def fuse(optimizer: th.optim.Optimizer) -> None:
     """Updates all parameters in one kernel, where the optimizer can and nobody chose otherwise."""
     for group in optimizer.param_groups:
         on_cpu = all(parameter.device.type == "cpu" and parameter.is_floating_point() for parameter in group["params"])
@@ -103,7 +112,7 @@ def _fuse(optimizer: th.optim.Optimizer) -> None:
             group["fused"] = True
 
 
-def _update_ent_coef(model: SAC, log_prob: th.Tensor) -> th.Tensor:
+def update_ent_coef(model: SAC, log_prob: th.Tensor) -> th.Tensor:
     """.. math:: J(\\alpha) = E[-\\log\\alpha (\\log\\pi(a|s) + \\bar H)]"""
     assert model.log_ent_coef is not None and model.ent_coef_optimizer is not None
     assert isinstance(model.target_entropy, float)

@@ -12,13 +12,13 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py")} | {"hyperparams": P
 #: Data flows down this list. A room may import from those below it, never from its own line or above.
 FLOORS = [
     {"__init__", "checkpoint", "zoo"},
-    {"run_state"},
+    {"run_state", "dhmbpo"},
     {"mbpo"},
-    {"callback", "resumable"},
+    {"callback", "resumable", "double_horizon"},
     {"fit", "imagination", "buffers", "update"},
     {"dynamics", "observations", "closed_form"},
     {"ensemble", "scaler", "tasks"},
-    {"schedules", "storage", "streams", "products", "imagined_buffer", "hyperparams"},
+    {"schedules", "storage", "streams", "products", "activations", "imagined_buffer", "hyperparams"},
     {"type_aliases"},
 ]
 #: One iteration, from file to file: no more than these seven need to be opened.

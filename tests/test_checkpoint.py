@@ -18,7 +18,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from test_mbpo import identical, make
 from torch.utils._pytree import tree_leaves
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.checkpoint import CheckpointCallback, checkpoints, load_checkpoint, save_checkpoint
 from sb3_mbpo.run_state import blob_names
 from sb3_mbpo.storage import BLOB_BYTES, BlobStore, DamagedFileError, read_json, write_json
@@ -82,7 +82,8 @@ def all_equal(first: MBPO, second: MBPO) -> bool:
             arrays += [vec_normalize.obs_rms.mean, vec_normalize.obs_rms.var, np.array(vec_normalize.ret_rms.var)]
         leaves += [th.as_tensor(array) for array in arrays]
         leaves += [] if imagined is None else imagined.newest(imagined.capacity)
-        numbers.append([*leaves, model._n_updates, model._episode_num, model._generator.get_state()])
+        counts = [model._n_updates, model._episode_num, getattr(model, "value_bounds", None)]
+        numbers.append([*leaves, *counts, model._generator.get_state()])
     return all(
         bool((a == b).all()) if isinstance(a, th.Tensor) else a == b for a, b in zip(numbers[0], numbers[1], strict=True)
     )
@@ -123,6 +124,9 @@ RUNS = {
     "episodes": (line, dict(train_freq=(1, "episode"), gradient_steps=-1)),
     "idle": (line, dict(real_ratio=1.0)),
 }
+#: DHMBPO imagines between two fits, too.
+DOUBLE_HORIZON = dict(algorithm=DHMBPO, rollout_length=3, rollout_freq=7, policy_kwargs=dict(net_arch=[16], n_critics=3))
+RUNS |= {f"{name}, DHMBPO": (env, DOUBLE_HORIZON | kwargs) for name, (env, kwargs) in RUNS.items() if name != "idle"}
 
 
 def copy_of(folder, path):
@@ -148,12 +152,12 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(name, tmp_path):
     never_stopped = make(make_env(), **kwargs).learn(130, saving(folder))
     saved = sorted(checkpoints(folder))
     assert len(saved) >= 4 and (name == "idle" or len(never_stopped.imagined_buffer) > 0)
-    if name != "gSDE":  # there, each checkpoint draws new noise
+    if not kwargs.get("use_sde"):  # there, each checkpoint draws new noise
         assert all_equal(make(make_env(), **kwargs).learn(130), never_stopped)  # saving changes nothing
     for path in (saved[0], saved[-2]):  # in the warm-up, and after some fits
         forget_the_streams()
         copy = copy_of(folder, path)
-        resumed = load_checkpoint(copy, make_env())
+        resumed = load_checkpoint(copy, make_env(), kwargs.get("algorithm", MBPO))
         assert f"_{resumed.num_timesteps}_steps" in path.name and not all_equal(resumed, never_stopped)
         resumed.learn(130 - resumed.num_timesteps, saving(copy), reset_num_timesteps=False)
         assert all_equal(resumed, never_stopped)

@@ -12,6 +12,7 @@ from conftest import LineEnv
 from test_checkpoint import WithinBounds, all_equal, line
 from test_mbpo import make
 
+from sb3_mbpo import DHMBPO, MBPO, takes_tensors
 from sb3_mbpo.checkpoint import CheckpointCallback, checkpoints, load_checkpoint, save_checkpoint
 from sb3_mbpo.run_state import blob_names
 from sb3_mbpo.storage import read_json
@@ -20,6 +21,9 @@ from sb3_mbpo.storage import read_json
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_been_left_alone(tmp_path):
     seen = fault_campaign.campaign(tmp_path, kills=2, steps=300, seed=1)
     assert seen["kills"] == 2 and seen["end"]["steps"] == seen["end"]["transitions"] == 300
+
+
+both = pytest.mark.parametrize("algorithm", [MBPO, DHMBPO])
 
 
 class Stop(BaseException):
@@ -100,6 +104,7 @@ class Breaks(WithinBounds):
         return observation, reward, terminated, truncated, info
 
 
+@both
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
@@ -108,42 +113,58 @@ class Breaks(WithinBounds):
         ("reward", ValueError, "Expected finite numbers from the environment, but its reward is"),
     ],
 )
-def test_an_environment_that_breaks_leaves_the_checkpoint_whole(how, error, message, tmp_path):
+def test_an_environment_that_breaks_leaves_the_checkpoint_whole(how, error, message, algorithm, tmp_path):
     with pytest.raises(error, match=message):
-        make(Breaks(how)).learn(200, CheckpointCallback(20, tmp_path, at_episode_end=True))
-    never_broke = make(WithinBounds()).learn(100)
-    resumed = load_checkpoint(tmp_path, WithinBounds())
+        make(Breaks(how), algorithm=algorithm).learn(200, CheckpointCallback(20, tmp_path, at_episode_end=True))
+    never_broke = make(WithinBounds(), algorithm=algorithm).learn(100)
+    resumed = load_checkpoint(tmp_path, WithinBounds(), algorithm)
     assert resumed.num_timesteps == 60
     assert all_equal(resumed.learn(40, reset_num_timesteps=False), never_broke)
 
 
+@both
 @pytest.mark.parametrize("which", ["termination_fn", "reward_fn"])
-def test_a_user_function_that_raises_leaves_the_checkpoint_whole(which, tmp_path):
+def test_a_user_function_that_raises_leaves_the_checkpoint_whole(which, algorithm, tmp_path):
     calls = []
 
-    def user_function(obs, action, next_obs):
-        calls.append(len(obs))
+    def never(obs, action, next_obs):
+        return np.zeros(len(obs), dtype=bool)
+
+    @takes_tensors
+    def distance(obs, action, next_obs):
+        return -next_obs[:, 0].abs()
+
+    mended = never if which == "termination_fn" else distance
+
+    def user_function(*transitions):
+        calls.append(transitions)
         if len(calls) == 4:
             raise ZeroDivisionError("in the user's own code")
-        return np.zeros(len(obs), dtype=bool) if which == "termination_fn" else -np.abs(next_obs[:, 0])
+        return mended(*transitions)
 
+    if which == "reward_fn":
+        user_function = takes_tensors(user_function)
     with pytest.raises(ZeroDivisionError, match="in the user's own code"):
-        make(WithinBounds(), **{which: user_function}).learn(300, CheckpointCallback(20, tmp_path))
-    mended = (
-        (lambda obs, *_: np.zeros(len(obs), dtype=bool)) if which == "termination_fn" else (lambda obs, *_: -np.abs(obs[:, 0]))
-    )
-    resumed = load_checkpoint(tmp_path, WithinBounds(), **{which: mended})
-    assert resumed.num_timesteps >= 60
+        # the fourth call is in the second fit, or, where updates call it too, in one of them
+        settings = dict(algorithm=algorithm, rollout_length=1)
+        make(WithinBounds(), **settings, **{which: user_function}).learn(300, CheckpointCallback(20, tmp_path))
+    resumed = load_checkpoint(tmp_path, WithinBounds(), algorithm, **{which: mended})
+    assert resumed.num_timesteps >= (60 if algorithm is MBPO else 40)
     resumed.learn(60, reset_num_timesteps=False)
 
 
-def test_a_dynamics_that_runs_away_does_not_reach_the_policy():
-    model = make(LineEnv(), rollout_length=3).learn(60)
+@both
+def test_a_dynamics_that_runs_away_does_not_reach_the_policy(algorithm):
+    model = make(LineEnv(), rollout_length=3, algorithm=algorithm).learn(60)
     for parameter in model.dynamics.ensemble.biases[-1:]:
         parameter.data += 1e4
     before = model.imagined_buffer.newest(10**6).next_observations
     assert model.imagine() == 0 and model.imagination_result.far_from_data == 64
     assert (model.imagined_buffer.newest(10**6).next_observations == before).all()
+    if algorithm is DHMBPO:  # from the states that are left, no path is valid, and none gives a gradient
+        model.train(1, 64)
+        assert model.logger.name_to_value["train/valid_paths"] == 0.0
+        assert all((parameter.grad == 0).all() for parameter in (*model.actor.parameters(), *model.critic.parameters()))
     for parameter in model.dynamics.ensemble.parameters():
         parameter.data.fill_(np.nan)
     with pytest.raises(ValueError, match="No imagined row is finite"):

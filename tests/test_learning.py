@@ -5,7 +5,7 @@ import pytest
 from conftest import LineEnv, best_line_return
 from stable_baselines3 import SAC
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
 
 SAC_KWARGS = dict(
     device="cpu", gamma=0.95, learning_rate=1e-3, learning_starts=100, batch_size=128, policy_kwargs=dict(net_arch=[64, 64])
@@ -44,3 +44,13 @@ def test_it_learns_from_what_it_imagines():
         "MlpPolicy", LineEnv(), seed=0, **SAC_KWARGS, **MBPO_KWARGS, reward_fn=lambda obs, action, next_obs: 0.0 * obs[:, 0]
     )
     assert regret(crippled.learn(300)) > 5.0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_dhmbpo_learns_with_one_update_per_step(seed):
+    """In fewer updates than SAC makes above."""
+    policy_kwargs = dict(net_arch=[32, 32], n_critics=2)
+    dynamics_kwargs = dict(ensemble_size=3, n_elites=3, net_arch=[32, 32], max_gradient_steps=(600, 100))
+    settings = dict(learning_starts=100, dynamics_train_freq=50, rollout_length=5, policy_kwargs=policy_kwargs, device="cpu")
+    model = DHMBPO("MlpPolicy", LineEnv(), seed=seed, dynamics_kwargs=dynamics_kwargs, **settings)
+    assert regret(model.learn(300)) < 2.5

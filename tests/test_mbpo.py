@@ -12,12 +12,12 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.fit import fit_ensemble
 
 
-def make(env=None, policy: str = "MlpPolicy", **kwargs) -> MBPO:
-    return MBPO(policy, env or LineEnv(), **(dict(seed=0, device="cpu") | ACTIVE | kwargs))
+def make(env=None, policy: str = "MlpPolicy", algorithm: type[MBPO] = MBPO, **kwargs) -> MBPO:
+    return algorithm(policy, env or LineEnv(), **(dict(seed=0, device="cpu") | ACTIVE | kwargs))
 
 
 def parameters(model: SAC) -> list[th.Tensor]:
@@ -352,6 +352,7 @@ LOGGED = {
     "train/real_ratio",
     "train/seconds",
 }
+LOGGED_BY_DHMBPO = LOGGED - {"train/real_ratio"} | {"train/valid_paths"}
 
 
 class Keys(BaseCallback):
@@ -379,6 +380,13 @@ def test_what_is_logged_is_complete_short_and_true():
     assert keys.values["imagined/rollout_length"] == 1 and keys.values["imagined/rows"] == 64
     assert keys.values["imagined/buffer_fill"] == len(model.imagined_buffer) / model.imagined_buffer.capacity
     assert keys.values["train/real_ratio"] == pytest.approx(0.1)
+
+
+def test_dhmbpo_logs_its_own_keys_too():
+    model, keys = make(algorithm=DHMBPO, termination_fn=None), Keys()
+    model.learn(100, callback=keys, log_interval=1)
+    assert LOGGED_BY_DHMBPO <= set(keys.values) and keys.values["train/valid_paths"] == 1.0
+    assert {key for key in keys.values if key.split("/")[0] in ("dynamics", "imagined")} <= LOGGED
 
 
 def test_the_table_on_stdout_has_room_for_every_key(capsys):

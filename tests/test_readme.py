@@ -6,9 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from test_mbpo import LOGGED
+from test_mbpo import LOGGED, LOGGED_BY_DHMBPO
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.benchmark.suite import load_suite
 from sb3_mbpo.dynamics import DynamicsConfig
 
@@ -45,13 +45,18 @@ def test_every_parameter_is_listed_with_its_default():
     assert len(own) == 9
     for name in {*own, "learning_starts", "gradient_steps"} - {"dynamics_kwargs"}:
         assert listed[name].replace("_", "") == str(parameters[name].default), name
+    of_dhmbpo = inspect.signature(DHMBPO.__init__).parameters
+    assert set(of_dhmbpo) - set(parameters) == {"rollout_freq", "gradient_horizon"}
+    assert set(parameters) - set(of_dhmbpo) == {"rollout_retain_steps", "real_ratio", "policy_delay"}
+    for name in ("rollout_freq", "gradient_horizon"):
+        assert listed[name] == str(of_dhmbpo[name].default)
     for field in fields(DynamicsConfig):
         expected = field.default.__name__ if field.name == "activation_fn" else str(field.default)
         assert listed[field.name] == expected, field.name
 
 
 def test_every_logged_key_is_in_the_glossary():
-    assert set(re.findall(r"^\| `(\w+/\w+)` \|", README, flags=re.MULTILINE)) == LOGGED
+    assert set(re.findall(r"^\| `(\w+/\w+)` \|", README, flags=re.MULTILINE)) == LOGGED | LOGGED_BY_DHMBPO
 
 
 def test_the_suite_can_be_loaded(tmp_path):

@@ -1,4 +1,4 @@
-"""What makes MBPO a drop-in for SB3's SAC, point by point. The model is active unless a test says otherwise."""
+"""What makes MBPO and DHMBPO drop-ins for SB3's SAC, point by point. The model is active unless a test says otherwise."""
 
 import copy
 import inspect
@@ -24,9 +24,10 @@ from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckA
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
-from test_mbpo import identical, make
+from test_mbpo import identical
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO, takes_tensors
+from sb3_mbpo.dhmbpo import POLICY
 from sb3_mbpo.fit import fit_ensemble
 from sb3_mbpo.update import sac_updates
 
@@ -48,14 +49,47 @@ def obeys_the_line(data) -> bool:
     return th.allclose(following, x + 0.3 * data.actions[:, 0], atol=1e-4) and th.allclose(data.rewards, rewards, atol=1e-4)
 
 
-def new(env=None, policy=None, cls=MBPO, **kwargs):
+#: The algorithm of the test that runs, and what its SAC is like.
+ALGORITHM: type[MBPO] = MBPO
+OF_SAC = {MBPO: {}, DHMBPO: dict(gamma=0.995, ent_coef="auto_0.1")}
+
+
+@pytest.fixture(params=[MBPO, DHMBPO], ids=["MBPO", "DHMBPO"], autouse=True)
+def algorithm(request, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.ALGORITHM", request.param)
+    return request.param
+
+
+only_mbpo = pytest.mark.parametrize("algorithm", [MBPO], indirect=True)
+
+
+def environment_and_policy(env, policy) -> tuple:
     env = env or LineEnv()
-    policy = policy or ("MlpPolicy" if not isinstance(env.observation_space, spaces.Dict) else "MultiInputPolicy")
-    sac = dict(seed=0, device="cpu", learning_starts=ACTIVE["learning_starts"]) | kwargs
-    return make(env, policy, **kwargs) if cls is MBPO else SAC(policy, env, **sac)
+    return policy or ("MlpPolicy" if not isinstance(env.observation_space, spaces.Dict) else "MultiInputPolicy"), env
 
 
-new_sac = partial(new, cls=SAC)
+def small_policy(kwargs: dict) -> dict:
+    return dict(policy_kwargs=dict(n_critics=2) | kwargs.get("policy_kwargs", {}))
+
+
+def new(env=None, policy=None, **kwargs):
+    settings = dict(seed=0, device="cpu", rollout_length=1) | ACTIVE | kwargs
+    if ALGORITHM is DHMBPO:
+        settings |= dict(gradient_horizon=2) | small_policy(kwargs)
+    return ALGORITHM(*environment_and_policy(env, policy), **settings)
+
+
+def new_sac(env=None, policy=None, **kwargs):
+    """SAC with the policy and the settings that the algorithm has."""
+    settings = dict(seed=0, device="cpu", learning_starts=ACTIVE["learning_starts"]) | OF_SAC[ALGORITHM] | kwargs
+    if ALGORITHM is DHMBPO:
+        settings["policy_kwargs"] = POLICY | small_policy(kwargs)["policy_kwargs"]
+    return SAC(*environment_and_policy(env, policy), **settings)
+
+
+def of_mbpo(**kwargs) -> dict:
+    """Parameters that DHMBPO has not."""
+    return kwargs if ALGORITHM is MBPO else {}
 
 
 def active(env=None, steps: int = 46, **kwargs) -> MBPO:
@@ -75,7 +109,7 @@ def equal(first, second) -> bool:
 
 @pytest.fixture
 def used(monkeypatch):
-    """The data of every fit, and every mixed batch."""
+    """The data of every fit, and every mixed batch. (Those of DHMBPO are only start states.)"""
     fits, batches = [], []
     monkeypatch.setattr("sb3_mbpo.fit.fit_ensemble", lambda *args: fits.append(args[2]) or fit_ensemble(*args))
     monkeypatch.setattr("sb3_mbpo.mbpo.sac_updates", lambda *args: batches.extend(args[1]) or sac_updates(*args))
@@ -95,16 +129,18 @@ class Log(KVWriter):
         self.excluded.update(key_excluded)
 
 
-# 1. One may write MBPO wherever SAC stands: every keyword, in its place, with its default but for three.
+# 1. One may write MBPO wherever SAC stands: every keyword, in its place, with its default but for a few.
 def test_parameters_are_those_of_sac_then_those_of_mbpo():
-    for method, different in (("__init__", {"learning_starts", "gradient_steps"}), ("learn", {"tb_log_name"})):
-        ours, theirs = (inspect.signature(getattr(cls, method)).parameters for cls in (MBPO, SAC))
+    other_defaults = {"learning_starts", *(["gradient_steps"] if ALGORITHM is MBPO else ["gamma", "ent_coef"])}
+    for method, different in (("__init__", other_defaults), ("learn", {"tb_log_name"})):
+        ours, theirs = (inspect.signature(getattr(cls, method)).parameters for cls in (ALGORITHM, SAC))
         assert {name for name in theirs if ours[name].default != theirs[name].default} == different
         assert all(ours[name].kind == theirs[name].kind for name in theirs)
         added = [name for name in ours if name not in theirs]
         assert all(ours[name].default is not inspect.Parameter.empty for name in added)
         place = len(theirs) - (method == "__init__")  # before `_init_setup_model`
-        assert list(ours) == [*list(theirs)[:place], *added, *list(theirs)[place:]] and len(added) in (0, 9)
+        assert list(ours) == [*list(theirs)[:place], *added, *list(theirs)[place:]]
+        assert len(added) == (0 if method == "learn" else 9 if ALGORITHM is MBPO else 8)
 
 
 # 2. Every kind of environment (by id, Box and Dict: test_mbpo.test_kinds_of_environments_all_imagine); the statistics of
@@ -125,11 +161,13 @@ def test_vec_normalize_keeps_its_statistics_and_scales_what_is_imagined(is_dict,
     keys = ["position"] if is_dict and norm_obs else None
     env = make_vec_env(DictEnv if is_dict else LineEnv, 2)
     env = VecNormalize(env, norm_obs=norm_obs, norm_reward=norm_reward, norm_obs_keys=keys, clip_reward=1e3)
-    model = active(env, real_ratio=0.5, reward_fn=lambda obs, action, next_obs: np.full(len(obs), -4.0))
+    model = active(env, **of_mbpo(real_ratio=0.5), reward_fn=takes_tensors(lambda obs, *_: th.full_like(obs[:, 0], -4.0)))
     before = cloudpickle.dumps(env)
     model.imagine()
     model.train(1, 64)
     assert cloudpickle.dumps(env) == before
+    if ALGORITHM is DHMBPO:
+        return  # what it scales, and how: test_double_horizon
     expected = -4.0 / np.sqrt(env.ret_rms.var + env.epsilon) if norm_reward else -4.0
     assert used[1][-1].rewards[32:].flatten().tolist() == pytest.approx([expected] * 32)
 
@@ -143,6 +181,7 @@ EPISODES = dict(train_freq=(1, "episode"), gradient_steps=-1)
 IDLE = [*EXPLORATION, dict(n_steps=3), dict(learning_rate=lambda progress: 1e-3 * progress), EPISODES, LEAN]
 
 
+@only_mbpo
 @pytest.mark.parametrize("kwargs", IDLE, ids=lambda kwargs: next(iter(kwargs)))
 def test_idle_it_is_sac_with_every_setting(kwargs):
     streams, models = [], []
@@ -169,7 +208,7 @@ BUFFERS += [(OwnBuffer, LineEnv, dict(replay_buffer_class=OwnBuffer)), (HerRepla
 @pytest.mark.parametrize(("expected", "env", "kwargs"), BUFFERS)
 def test_the_replay_buffer_and_the_policy_are_those_of_sac(expected, env, kwargs):
     model, sac = new(env(), **kwargs), new_sac(env(), **kwargs)
-    assert isinstance(model, SAC) and MBPO.policy_aliases == SAC.policy_aliases
+    assert isinstance(model, SAC) and ALGORITHM.policy_aliases == SAC.policy_aliases
     assert type(model.policy) is type(sac.policy) and str(model.policy) == str(sac.policy) and identical(model, sac)
     before = model.replay_buffer
     model.learn(46)
@@ -198,9 +237,9 @@ KNOWN = dict(termination_fn=beyond, **LEAN)
 
 @pytest.mark.parametrize("kwargs", [dict(n_steps=3), KNOWN, dict(buffer_size=50, **KNOWN)], ids=["n-step", "lean", "full"])
 def test_special_buffers_are_fitted_to_step_by_step(kwargs, used):
-    model, (fits, batches) = active(steps=64, gamma=0.9, real_ratio=0.5, **kwargs), used
+    model, (fits, batches) = active(steps=64, gamma=0.9, **of_mbpo(real_ratio=0.5), **kwargs), used
     assert len(fits) == 2 and all(data.n_rows >= 35 and obeys_the_line(data) for data in fits)
-    if model.n_steps > 1:
+    if model.n_steps > 1 and batches:
         real, imagined = (th.cat([batch.discounts[rows] for batch in batches]) for rows in (slice(128), slice(128, 256)))
         assert (imagined == 0.9).all() and th.isclose(real, th.tensor(0.9**3)).float().mean() > 0.5
 
@@ -241,7 +280,7 @@ def test_the_policy_imagines_through_the_wrapper_of_now(tmp_path):
     model = active(wrapped())
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "buffer")
-    loaded = MBPO.load(tmp_path / "model", env=wrapped(7.0))
+    loaded = ALGORITHM.load(tmp_path / "model", env=wrapped(7.0))
     loaded.load_replay_buffer(tmp_path / "buffer")
     model.set_env(wrapped(5.0))
     for each in (model, loaded):
@@ -262,7 +301,7 @@ def test_the_policy_imagines_through_the_wrapper_of_now(tmp_path):
 def test_a_loaded_model_predicts_without_an_environment(env, device, tmp_path):
     model = active(env(), device=device)
     model.save(tmp_path / "model")
-    for loaded in (MBPO.load(tmp_path / "model", env=None, device=name) for name in ("cpu", "auto")):
+    for loaded in (ALGORITHM.load(tmp_path / "model", env=None, device=name) for name in ("cpu", "auto")):
         assert loaded.env is None and (loaded.num_timesteps, loaded._n_updates) == (46, model._n_updates)
         for observation in (model.observation_space.sample() for _ in range(5)):
             expected, got = (each.predict(observation, deterministic=True)[0] for each in (model, loaded))
@@ -294,15 +333,15 @@ def test_a_saved_model_is_small_and_takes_exclude_include_and_custom_objects():
     for part in model.get_parameters().values():
         th.save(part, parts)
     assert parts.tell() < stream.tell() < parts.tell() + 30_000
-    loaded = MBPO.load(stream, custom_objects=dict(learning_rate=1e-5))
+    loaded = ALGORITHM.load(stream, custom_objects=dict(learning_rate=1e-5))
     assert loaded.note == "kept" and not hasattr(loaded, "scratch") and identical(loaded, model)
     loaded.set_env(LineEnv())
     loaded.learn(20, reset_num_timesteps=False)
     assert loaded.actor.optimizer.param_groups[0]["lr"] == 1e-5
     model.save(stream := io.BytesIO(), include=["replay_buffer"])
     with pytest.raises(ValueError, match="call `set_env` first"):
-        MBPO.load(stream, termination_fn=beyond).imagine()  # how the policy's input was normalised is not known either
-    assert MBPO.load(stream, env=LineEnv()).imagine() == 64  # from the observations that came with it
+        ALGORITHM.load(stream, termination_fn=beyond).imagine()  # how the policy's input was normalised is not known either
+    assert ALGORITHM.load(stream, env=LineEnv()).imagine() == 64  # from the observations that came with it
 
 
 # 14. Nothing is too small. (A loaded model with an empty buffer learns in point 12.)
@@ -355,12 +394,12 @@ USERS = {  # and the step that they let it learn to
 @pytest.mark.parametrize("user", USERS)
 def test_the_users_callbacks_are_called_as_by_sac(user):
     runs, (callback, steps) = [], USERS[user]
-    for kind in (new_sac, partial(new, real_ratio=1.0), new):
+    for kind in (new_sac, *([partial(new, real_ratio=1.0)] if ALGORITHM is MBPO else []), new):
         events = []
         model = kind(ShortEnv()).learn(70, callback=callback(events), progress_bar=user == "single")
         runs.append((events, model.num_timesteps, model.replay_buffer.size()))
     assert steps == 1 or check_active(model)
-    assert runs[0] == runs[1] == runs[2] and model.num_timesteps == steps and events
+    assert runs[0] == runs[1] == runs[-1] and model.num_timesteps == steps and events
 
 
 # 17. Default paths warn of nothing. What is not modelled neither (point 24), but it is said:
@@ -368,7 +407,7 @@ def test_the_users_callbacks_are_called_as_by_sac(user):
 def test_default_paths_warn_of_nothing(recwarn, tmp_path):
     for env in (LineEnv(), DictEnv(), VecNormalize(make_vec_env(LineEnv, 2)), ShortEnv()):
         active(env).save(tmp_path / "model")
-        MBPO.load(tmp_path / "model", env=env).learn(2, reset_num_timesteps=False)
+        ALGORITHM.load(tmp_path / "model", env=env).learn(2, reset_num_timesteps=False)
     assert [str(warning.message) for warning in recwarn] == []
 
 
@@ -386,9 +425,11 @@ def test_the_keys_of_sac_are_logged_where_sac_logs_them(kwargs):
 # 20. The folder of the first run is MBPO_1: test_mbpo.test_checkpoints_and_tensorboard_work.
 # 21. Devices: see point 12.
 # 22. Exploration: see point 18, and test_mbpo.test_gsde_gives_every_imagined_row_its_own_noise. Schedules:
-@pytest.mark.parametrize("policy_delay", [1, 2])
-def test_logged_counts_and_learning_rates_are_true(policy_delay):
-    model = new(ShortEnv(), gradient_steps=3, policy_delay=policy_delay, learning_rate=lambda progress: 1e-3 * progress)
+@pytest.mark.parametrize(
+    ("algorithm", "kwargs"), [(MBPO, {}), (MBPO, dict(policy_delay=2)), (DHMBPO, {})], indirect=["algorithm"]
+)
+def test_logged_counts_and_learning_rates_are_true(kwargs):
+    model = new(ShortEnv(), gradient_steps=3, learning_rate=lambda progress: 1e-3 * progress, **kwargs)
     rows = Log(model).rows
     assert [row["time/total_timesteps"] for row in rows] == [20, 40, 60, 80, 100]
     assert [row["train/n_updates"] for row in rows[2:]] == [3 * (steps - 41) for steps in (60, 80, 100)]
@@ -436,12 +477,13 @@ def test_a_dict_learns_exactly_as_its_flattened_box(normalised, monkeypatch):
 @pytest.mark.parametrize("normalised", [False, True])
 def test_the_users_rules_get_raw_observations_and_actions_in_the_units_of_the_environment(normalised):
     calls, env = [], make_vec_env(LineEnv, 1)
-    rules = dict(termination_fn=lambda *args: calls.append(args) or beyond(*args), reward_fn=lambda *args: args[2][:, 0])
+    reward_fn = takes_tensors(lambda *args: args[2][:, 0])
+    rules = dict(termination_fn=lambda *args: calls.append(args) or beyond(*args), reward_fn=reward_fn)
     model = active(VecNormalize(env) if normalised else env, **rules)
     obs, action, next_obs = calls[0]  # real: the comparison at the first fit
     assert len(obs) == 41 and action.min() < -1.5 and 0.8 < action.max() <= 1.0
     np.testing.assert_allclose(next_obs, obs + 0.3 * (action + 0.5) / 1.5, atol=1e-4)
-    rows = model.imagined_buffer.newest(64)
+    rows = model.imagined_buffer.newest(model.imagine())
     np.testing.assert_allclose(calls[-1][1], model.policy.unscale_action(rows.actions.numpy()), atol=1e-5)
     assert equal((calls[-1][0], calls[-1][2]), (rows.observations.numpy(), rows.next_observations.numpy()))
 
@@ -466,19 +508,20 @@ def test_what_is_not_modelled_is_sac_without_a_warning(space, recwarn, tmp_path)
     assert ours.idle_reason() and ours.fit_result is None and ours.dynamics is None
     assert identical(ours, sac) and ours._n_updates == sac._n_updates > 0
     ours.save(tmp_path / "model")
-    loaded = MBPO.load(tmp_path / "model", env=env())
+    loaded = ALGORITHM.load(tmp_path / "model", env=env())
     assert identical(loaded, sac) and loaded.idle_reason() and loaded.get_parameters().keys() == sac.get_parameters().keys()
     assert [str(warning.message) for warning in recwarn] == []
 
 
 # 26. Whatever stops training, and wherever: the model can be saved, loaded, asked and trained on.
-BREAKS = [("update.polyak_update", 4, KeyboardInterrupt), ("update.polyak_update", 4, RuntimeError)]
+BREAKS = [("UPDATES.polyak_update", 4, KeyboardInterrupt), ("UPDATES.polyak_update", 4, RuntimeError)]
 BREAKS += [("fit.ensemble_loss", 10, KeyboardInterrupt), ("fit.ensemble_loss", 45, RuntimeError)]  # of the first, the second
 BREAKS += [("mbpo.imagine_round", 0, KeyboardInterrupt)]
 
 
 @pytest.mark.parametrize(("where", "calls", "error"), BREAKS)
 def test_an_interrupted_model_goes_on(where, calls, error, monkeypatch, tmp_path):
+    where = where.replace("UPDATES", "update" if ALGORITHM is MBPO else "double_horizon")
     function, left = resolve_name(f"sb3_mbpo.{where}"), iter(range(calls))
 
     def interrupted(*args):
@@ -495,7 +538,7 @@ def test_an_interrupted_model_goes_on(where, calls, error, monkeypatch, tmp_path
     assert model.replay_buffer is buffer and type(buffer) is ReplayBuffer and 41 <= buffer.size() == model.num_timesteps < 80
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "buffer")
-    loaded = MBPO.load(tmp_path / "model", env=LineEnv())
+    loaded = ALGORITHM.load(tmp_path / "model", env=LineEnv())
     loaded.load_replay_buffer(tmp_path / "buffer")
     for each, fit in ((model, model.fit_result), (loaded, loaded.fit_result)):
         assert each.action_space.contains(each.predict(np.zeros(1))[0])

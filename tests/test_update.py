@@ -10,7 +10,7 @@ from stable_baselines3.common.utils import polyak_update
 from torch import nn
 
 from sb3_mbpo.closed_form import covers
-from sb3_mbpo.update import _fuse, sac_updates
+from sb3_mbpo.update import fuse, sac_updates
 
 
 class Replayed(ReplayBuffer):
@@ -226,14 +226,14 @@ def test_fusing_leaves_an_optimizer_as_its_user_chose_it():
         th.optim.Adam([nn.Parameter(th.ones(3, device="meta"))]),
     ):
         before = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-        _fuse(optimizer)
+        fuse(optimizer)
         assert {key: value for key, value in optimizer.param_groups[0].items() if key != "params"} == before
 
 
 def test_fusing_decides_for_each_group():
     groups = [dict(params=[nn.Parameter(th.ones(3))]), dict(params=[nn.Parameter(th.ones(2))], foreach=True)]
     optimizer = th.optim.Adam(groups)
-    _fuse(optimizer)
+    fuse(optimizer)
     assert [group["fused"] for group in optimizer.param_groups] == [True, None]
 
 
@@ -251,7 +251,7 @@ def test_fused_optimizer_goes_on_where_it_was(make, generator):
     optimizers = [make(twin) for twin in weights]
     for step in range(20):
         if step == 10:
-            _fuse(optimizers[1])
+            fuse(optimizers[1])
             assert optimizers[1].param_groups[0]["fused"] and not optimizers[0].param_groups[0]["fused"]
             loaded = make(weights[1])
             loaded.load_state_dict(copy.deepcopy(optimizers[1].state_dict()))

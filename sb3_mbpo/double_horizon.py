@@ -1,0 +1,229 @@
+"""
+Double-horizon updates: a few differentiable steps inside the dynamics (Kubo et al. 2025, arXiv 2512.15439, section 4).
+
+From a start state :math:`s_0` the policy acts for H imagined steps, every draw reparameterised. With :math:`m_t` = 1 until
+the task has ended, and 0 from then on, the objective of the start state is
+
+.. math::
+    J(s_0) = \\sum_{t=0}^{H-1} \\gamma^t m_t (r_t - \\alpha \\log \\pi(a_t|s_t))
+    + \\gamma^H m_H (Q(s_H, a_H) - \\alpha \\log \\pi(a_H|s_H))
+
+*Actor and entropy coefficient.* The actor ascends :math:`J`, through the rewards, the states and Q, which is here the mean of
+all critics. The entropy coefficient is SAC's, with the entropy at :math:`s_0`.
+
+*Critics.* All regress :math:`Q(s_0, a_0)` on :math:`J(s_0) + \\alpha \\log \\pi(a_0|s_0)`, as an action's own entropy is no
+part of its value. Here Q is the smaller one of two target critics, chosen anew for each batch, and held between bounds, see
+:class:`ValueBounds`.
+
+A path with a step that is not finite, or that leads far from the data, is left out.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch as th
+from stable_baselines3.common.utils import polyak_update
+from torch import nn
+
+from sb3_mbpo.dynamics import Dynamics
+from sb3_mbpo.observations import normalize_rewards
+from sb3_mbpo.products import faster_layers
+from sb3_mbpo.update import checked_means, fuse, unchecked_distributions, update_ent_coef
+
+if TYPE_CHECKING:
+    from sb3_mbpo.dhmbpo import DHMBPO
+
+#: ``raw observations (batch, obs_dim) -> actions (batch, action_dim), log-probabilities (batch,)``, both reparameterised.
+DifferentiablePolicy = Callable[[th.Tensor], tuple[th.Tensor, th.Tensor]]
+#: Share of the way from the old bounds of the values to those of the newest batch.
+BOUNDS_RATE = 3e-4
+
+
+class ImaginedPath(NamedTuple):
+    """H steps, and the state and action after the last one."""
+
+    observations: th.Tensor  # (H + 1, batch, obs_dim), raw
+    actions: th.Tensor  # (H + 1, batch, action_dim), in [-1, 1]
+    log_prob: th.Tensor  # (H + 1, batch)
+    rewards: th.Tensor  # (H, batch), raw
+    alive: th.Tensor  # (H + 1, batch), float: 1 until the task has ended, then 0
+    valid: th.Tensor  # (batch,), float: 1 if every step is finite and near the data, else 0
+
+
+@dataclass(frozen=True)
+class ValueBounds:
+    """
+    Between which values the target critics are believed: what a task without end would pay if each step paid the 1 % or the
+    99 % quantile of the rewards with their entropies.
+    """
+
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, soft_rewards: th.Tensor, gamma: float) -> "ValueBounds":
+        """
+        :param soft_rewards: (batch,), rewards with their entropies
+        :param gamma: discount factor
+        """
+        low, high = th.quantile(soft_rewards, soft_rewards.new_tensor([0.01, 0.99])).tolist()
+        return cls(min(low, 0.0) / (1 - gamma), max(high, 0.0) / (1 - gamma))  # an ended task pays nothing
+
+    def moved(self, newest: "ValueBounds") -> "ValueBounds":
+        """:param newest: towards which these move by ``BOUNDS_RATE``"""
+        ends = ((self.lowest, newest.lowest), (self.highest, newest.highest))
+        return ValueBounds(*(old + BOUNDS_RATE * (new - old) for old, new in ends))
+
+
+def imagine_path(
+    dynamics: Dynamics,
+    policy: DifferentiablePolicy,
+    starts: th.Tensor,
+    horizon: int,
+    elites: Sequence[int],
+    generator: th.Generator,
+) -> ImaginedPath:
+    """
+    Differentiable in the policy's parameters. The rows keep their places: one that has ended waits where it was, and gives no
+    gradient from then on.
+
+    :param dynamics: fitted
+    :param policy: the current one
+    :param starts: (batch, obs_dim), raw
+    :param horizon: H, steps
+    :param elites: members that take part; each row draws one at each step, and all get the same number of rows
+    :param generator: draws members and next states
+    """
+    elite_members = th.tensor(elites, device=starts.device)
+    alive, valid = (th.ones(len(starts), dtype=th.bool, device=starts.device) for _ in range(2))
+    states, masks, rewards = [starts], [alive], []
+    draws = [policy(starts)]
+    for _ in range(horizon):
+        observations = states[-1]
+        places = th.randperm(len(starts), generator=generator, device=starts.device)
+        step = dynamics.step(observations, draws[-1][0], elite_members[places % len(elites)], generator)
+        usable = step.next_observations.isfinite().all(dim=-1) & step.rewards.isfinite()
+        usable &= dynamics.near_data(step.next_observations)
+        valid = valid & (usable | ~alive)
+        rewards.append(th.where(alive & usable, step.rewards, 0.0))
+        alive = alive & usable & ~step.terminated
+        states.append(th.where(alive.unsqueeze(-1), step.next_observations, observations.detach()))
+        masks.append(alive)
+        draws.append(policy(states[-1]))
+    actions, log_prob = (th.stack(part) for part in zip(*draws, strict=True))
+    alive_steps = th.stack(masks).to(starts.dtype)
+    return ImaginedPath(th.stack(states), actions, log_prob, th.stack(rewards), alive_steps, valid.to(starts.dtype))
+
+
+def soft_return(
+    path: ImaginedPath, rewards: th.Tensor, last_values: th.Tensor, ent_coef: th.Tensor, gamma: float
+) -> th.Tensor:
+    """
+    The objective :math:`J(s_0)`.
+
+    :param path: H steps
+    :param rewards: (H, batch), its rewards as the critics know them
+    :param last_values: (batch,), Q at its end
+    :param ent_coef: alpha, one number
+    :param gamma: discount factor
+    :return: (batch,)
+    """
+    soft = th.cat((rewards, last_values.unsqueeze(0))) - ent_coef * path.log_prob
+    discounts = gamma ** th.arange(len(soft), device=soft.device, dtype=soft.dtype)
+    return discounts @ (path.alive * soft)
+
+
+def double_horizon_updates(model: "DHMBPO", n_critic_updates: int, n_updates: int, batch_size: int) -> dict[str, float]:
+    """
+    First some updates of the critics alone, then some of all networks. Whenever it is due, the model imagines new states.
+
+    :param model: its networks, target critics, entropy coefficient, value bounds and imagined states are updated in place
+    :param n_critic_updates: of the critics alone; they are not counted in ``_n_updates``
+    :param n_updates: of critics, actor and entropy coefficient
+    :param batch_size: start states of each
+    :return: the means that are logged, by name
+    :raises ValueError: when a loss is NaN
+    """
+    assert model.dynamics is not None and model.imagined_buffer is not None
+    optimizers = model.optimizers()
+    model._update_learning_rate(optimizers)
+    for optimizer in optimizers:
+        fuse(optimizer)
+    losses: dict[str, list[th.Tensor]] = {}
+    with faster_layers(model.policy), unchecked_distributions(), frozen(model.dynamics):
+        for step in range(n_critic_updates + n_updates):
+            if model.states_due():
+                model.imagine()
+            model.policy.set_training_mode(True)
+            if model.use_sde:
+                model.actor.reset_noise()
+            starts = model.imagined_buffer.sample(batch_size, model._generator).observations
+            updates_actor = step >= n_critic_updates
+            for name, value in double_horizon_update(model, starts, updates_actor).items():
+                losses.setdefault(name, []).append(value)
+            if step % model.target_update_interval == 0:
+                polyak_update(model.critic.parameters(), model.critic_target.parameters(), model.tau)
+                polyak_update(model.batch_norm_stats, model.batch_norm_stats_target, 1.0)
+            model._n_updates += updates_actor
+        with th.no_grad():
+            model.draw_actions(starts)  # SB3's distribution remembers its last draw, and with it all that led to it
+    return checked_means(losses)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """While this lasts, gradients pass through a module, but its parameters get none."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+def double_horizon_update(model: "DHMBPO", starts: th.Tensor, updates_actor: bool) -> dict[str, th.Tensor]:
+    """
+    One update of the critics and, on demand, of the actor and the entropy coefficient.
+
+    :param model: its critics, value bounds, actor and entropy coefficient are updated in place; its dynamics must not ask for
+        gradients
+    :param starts: (batch, obs_dim), raw
+    :param updates_actor: whether actor and entropy coefficient are trained, too
+    :return: losses and shares by the names of the log, one number each
+    """
+    assert model.dynamics is not None and model.fit_result is not None
+    ent_coef = model.ent_coef_tensor if model.log_ent_coef is None else model.log_ent_coef.detach().exp()
+    with th.set_grad_enabled(updates_actor):
+        tools = (model.gradient_horizon, model.fit_result.elites, model._generator)
+        path = imagine_path(model.dynamics, model.draw_actions, starts, *tools)
+        rewards = normalize_rewards(path.rewards, model.get_vec_normalize_env())
+    weights = path.valid / path.valid.sum().clamp(min=1.0)
+    actions = path.actions.detach()
+
+    with th.no_grad():
+        soft_rewards = (rewards - ent_coef * path.log_prob[:-1])[path.alive[:-1] > 0]
+        newest = ValueBounds.of(soft_rewards, model.gamma)
+        model.value_bounds = newest if model.value_bounds is None else model.value_bounds.moved(newest)
+        last_values = model.q_values(model.critic_target, path.observations[-1], actions[-1])
+        chosen = th.randperm(len(last_values), generator=model._generator, device=starts.device)[:2]
+        last_values = last_values[chosen].amin(dim=0).clamp(model.value_bounds.lowest, model.value_bounds.highest)
+        targets = soft_return(path, rewards, last_values, ent_coef, model.gamma) + ent_coef * path.log_prob[0]
+    errors = model.q_values(model.critic, starts, actions[0]) - targets
+    critic_loss = 0.5 * (weights * errors.square()).sum()
+    model.critic.optimizer.zero_grad()
+    critic_loss.backward()
+    model.critic.optimizer.step()
+    losses = {"critic_loss": critic_loss.detach(), "ent_coef": ent_coef, "valid_paths": path.valid.mean()}
+    if not updates_actor:
+        return losses
+
+    last_values = model.q_values(model.critic, path.observations[-1], path.actions[-1]).mean(dim=0)
+    actor_loss = -(weights * soft_return(path, rewards, last_values, ent_coef, model.gamma)).sum()
+    model.actor.optimizer.zero_grad()
+    actor_loss.backward(inputs=[parameter for parameter in model.actor.parameters() if parameter.requires_grad])
+    model.actor.optimizer.step()
+    losses["actor_loss"] = actor_loss.detach()
+    if model.log_ent_coef is not None:
+        losses["ent_coef_loss"] = update_ent_coef(model, path.log_prob[0])
+    return losses

@@ -1,0 +1,302 @@
+"""The double-horizon update against closed forms, finite differences, slow loops and SB3's own target."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch as th
+from conftest import ACTIVE, LineEnv
+from stable_baselines3 import SAC
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_mbpo import DHMBPO
+from sb3_mbpo.double_horizon import BOUNDS_RATE, ImaginedPath, ValueBounds, double_horizon_update, imagine_path, soft_return
+from sb3_mbpo.observations import normalize_rewards
+from sb3_mbpo.type_aliases import Step
+
+
+def make(env=None, steps: int = 0, policy: str = "MlpPolicy", **kwargs) -> DHMBPO:
+    """A small model of LineEnv, ready for its first update, or trained for some steps."""
+    settings = ACTIVE | dict(seed=0, device="cpu", policy_kwargs=dict(net_arch=[16, 16]), rollout_length=4) | kwargs
+    model = DHMBPO(policy, env or LineEnv(), **settings)
+    if steps:
+        return model.learn(steps)
+    model.gradient_steps = 0
+    model.learn(45)
+    model._critic_updates_due = 0
+    assert model.fit_result is not None and model._n_updates == 0
+    model.dynamics.requires_grad_(False)
+    return model
+
+
+def starts_of(model: DHMBPO, n_rows: int = 32) -> th.Tensor:
+    return model.imagined_buffer.sample(n_rows, model._generator).observations
+
+
+class Linear:
+    """s' = A s + B u, r = -(|s'|^2 + 0.1 |u|^2), no noise. It can end rows, and break or lead astray some, by their number."""
+
+    def __init__(self, dtype=th.float64, ends=None, breaks=None, leaves=None) -> None:
+        self.A = th.tensor([[0.9, 0.2], [-0.1, 0.8]], dtype=dtype)
+        self.B = th.tensor([[0.1], [0.5]], dtype=dtype)
+        self.events = [events or {} for events in (ends, breaks, leaves)]
+        self.members: list[th.Tensor] = []
+
+    def step(self, observations, actions, members, generator):
+        self.members.append(members)
+        following = observations @ self.A.T + actions @ self.B.T
+        rewards = -(following.square().sum(dim=1) + 0.1 * actions.square().sum(dim=1))
+        ended, broken, self.gone = (
+            th.tensor([events.get(row) == len(self.members) for row in range(len(observations))]) for events in self.events
+        )
+        return Step(th.where(broken.unsqueeze(-1), th.inf, following), rewards, ended)
+
+    def near_data(self, observations):
+        return ~self.gone
+
+
+def linear_policy(gain: th.Tensor):
+    """u = -K s, without noise; its log-probability is made up, to be told apart."""
+    return lambda observations: (-observations @ gain.T, 0.3 + observations.square().sum(dim=1))
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 5])
+def test_the_gradient_is_that_of_the_linear_quadratic_regulator(horizon, generator):
+    """
+    Under u = -K s the value is -s'Ps with P from Lyapunov's equation, whatever the horizon; the gradient with respect to K
+    of an H-step return that ends in that value is the sum over the steps of 2 (...) s s', known from LQR theory.
+    """
+    gamma, dynamics = 0.95, Linear()
+    gain = th.tensor([[0.3, 0.7]], dtype=th.float64, requires_grad=True)
+    A, B, K = dynamics.A, dynamics.B, gain.detach()
+    closed_loop, Q, R = A - B @ K, th.eye(2, dtype=th.float64), 0.1 * th.eye(1, dtype=th.float64)
+    P = th.zeros(2, 2, dtype=th.float64)
+    for _ in range(2000):  # reward on the next state: cost(s) = |Ms|^2 + 0.1 |Ks|^2 with M the closed loop
+        P = closed_loop.T @ (Q + gamma * P) @ closed_loop + K.T @ R @ K
+    starts = th.randn(6, 2, generator=generator, dtype=th.float64)
+
+    path = imagine_path(dynamics, linear_policy(gain), starts, horizon, [0], generator)
+    last = path.observations[-1]
+    returns = soft_return(path, path.rewards, -(last @ P * last).sum(dim=1), th.zeros(1, dtype=th.float64), gamma)
+    np.testing.assert_allclose(returns.detach(), -(starts @ P * starts).sum(dim=1), rtol=1e-10)
+
+    (gradient,) = th.autograd.grad(returns.sum(), gain)
+    expected, states = th.zeros(1, 2, dtype=th.float64), starts
+    for step in range(horizon):  # the last value counts as that of the old gain: its own gradient is left out
+        advantage = R @ K - B.T @ (Q + gamma * P) @ closed_loop
+        expected -= 2 * gamma**step * advantage @ states.T @ states
+        states = states @ closed_loop.T
+    np.testing.assert_allclose(gradient, expected, rtol=1e-8)
+
+
+def test_the_gradient_of_the_actor_is_that_of_finite_differences(monkeypatch):
+    """Double precision, the same noise each time; networks, entropy, normalisation and all."""
+    model = make(ent_coef=0.3, learning_rate=0.0, gradient_horizon=3)
+    # which would round them to float32
+    monkeypatch.setattr("stable_baselines3.common.policies.preprocess_obs", lambda observations, *args, **kwargs: observations)
+    model.policy.double()
+    model.dynamics.double()
+    starts = starts_of(model).double()
+    state = model._generator.get_state()
+
+    def loss() -> float:
+        th.manual_seed(3)
+        model._generator.set_state(state)
+        return double_horizon_update(model, starts, updates_actor=True)["actor_loss"].item()
+
+    loss()
+    checked = 0
+    for parameter in model.actor.parameters():
+        gradient, flat = parameter.grad.flatten().clone(), parameter.data.view(-1)
+        for index in range(0, len(flat), 1 + len(flat) // 5):
+            value = flat[index].item()
+            values = []
+            for shift in (1e-6, -1e-6):
+                flat[index] = value + shift
+                values.append(loss())
+            flat[index] = value
+            assert (values[0] - values[1]) / 2e-6 == pytest.approx(gradient[index].item(), rel=1e-4, abs=1e-7)
+            checked += abs(gradient[index].item()) > 1e-4
+    assert checked > 10
+
+
+def random_path(generator, horizon=3, n_rows=5) -> ImaginedPath:
+    alive = (th.rand(horizon + 1, n_rows, generator=generator) > 0.3).cumprod(dim=0).double()
+    alive[0] = 1.0
+    shape = (horizon + 1, n_rows)
+    log_prob, rewards = (th.randn(shape, generator=generator, dtype=th.float64) for _ in range(2))
+    empty = th.zeros(*shape, 1)
+    return ImaginedPath(empty, empty, log_prob, rewards[:-1], alive, th.ones(n_rows))
+
+
+def test_the_return_is_that_of_a_slow_loop(generator):
+    path, gamma, ent_coef = random_path(generator), 0.9, th.tensor([0.2], dtype=th.float64)
+    last = th.randn(5, generator=generator, dtype=th.float64)
+    returns = soft_return(path, path.rewards, last, ent_coef, gamma)
+    assert 0 < path.alive[-1].sum() < 5
+    for row in range(5):
+        expected = 0.0
+        for step in range(4):
+            if path.alive[step, row]:
+                gain = path.rewards[step, row] if step < 3 else last[row]
+                expected += gamma**step * (gain - 0.2 * path.log_prob[step, row]).item()
+        assert returns[row].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_what_follows_the_end_of_the_task_has_no_value_and_no_gradient(generator):
+    """Row 1 ends with step 2: its objective is that of two steps, and so is its gradient."""
+    gain = th.tensor([[0.3, 0.7]], dtype=th.float64, requires_grad=True)
+    starts, nothing = th.randn(2, 2, generator=generator, dtype=th.float64), th.zeros(1, dtype=th.float64)
+    long, short = (
+        imagine_path(Linear(ends=ends), linear_policy(gain), starts, horizon, [0], generator)
+        for ends, horizon in (({1: 2}, 4), ({}, 2))
+    )
+    assert long.alive[:, 1].tolist() == [1, 1, 0, 0, 0] and (long.alive[:, 0] == 1).all() and (long.valid == 1).all()
+    assert (long.rewards[2:, 1] == 0).all() and (long.observations[2:, 1] == long.observations[1, 1]).all()
+    values = [
+        soft_return(path, path.rewards, end * path.observations[-1].sum(dim=1), nothing + 0.5, 0.9)[1]
+        for path, end in ((long, 1e9), (short, 0.0))
+    ]
+    log_prob = 0.9**2 * 0.5 * short.log_prob[2, 1]  # at the state where the short path ends, and the long one ended
+    assert values[0].item() == pytest.approx((values[1] + log_prob).item())
+    gradients = [th.autograd.grad(value, gain, retain_graph=True)[0] for value in (values[0], values[1] + log_prob)]
+    np.testing.assert_allclose(*gradients, rtol=1e-12)
+
+
+def test_a_path_that_breaks_or_leaves_the_data_is_marked_and_its_numbers_stay_finite(generator):
+    gain = th.tensor([[0.3, 0.7]], dtype=th.float64, requires_grad=True)
+    dynamics = Linear(breaks={0: 2}, leaves={1: 1, 3: 3}, ends={3: 2})
+    path = imagine_path(dynamics, linear_policy(gain), th.ones(4, 2, dtype=th.float64), 3, [0], generator)
+    assert path.valid.tolist() == [0, 0, 1, 1]  # row 3 had ended when it left
+    assert all(part.isfinite().all() for part in path)
+    (gradient,) = th.autograd.grad(soft_return(path, path.rewards, path.rewards[-1], th.ones(1), 0.9).sum(), gain)
+    assert gradient.isfinite().all()
+
+
+def test_each_elite_gets_the_same_number_of_rows_and_each_row_another_elite(generator):
+    dynamics = Linear()
+    imagine_path(dynamics, linear_policy(th.zeros(1, 2, dtype=th.float64)), th.ones(12, 2).double(), 50, [4, 1, 6], generator)
+    members = th.stack(dynamics.members)
+    assert all(sorted(step.tolist()) == [1] * 4 + [4] * 4 + [6] * 4 for step in members)
+    share = (members == 4).double().mean(dim=0)
+    assert share.min() > 0.1 and share.max() < 0.6 and (members[1:] != members[:-1]).any(dim=1).all()
+
+
+def test_the_critics_learn_sacs_target_over_one_step(monkeypatch):
+    """With H = 1 and two critics: r + gamma (1 - d) (min Q' - alpha log pi), all of it imagined. SAC's gradients follow."""
+    model = make(gradient_horizon=1, policy_kwargs=dict(net_arch=[16, 16], n_critics=2), ent_coef=0.3)
+    paths = []
+    monkeypatch.setattr("sb3_mbpo.double_horizon.imagine_path", lambda *args: paths.append(imagine_path(*args)) or paths[0])
+    model.value_bounds = ValueBounds(-1e6, 1e6)
+    critic, critic_target = copy.deepcopy(model.critic), copy.deepcopy(model.critic_target)
+    loss = double_horizon_update(model, starts_of(model), updates_actor=False)["critic_loss"]
+    path = paths[0]
+    assert path.valid.all() and 0 < path.alive[1].sum()
+    with th.no_grad():
+        value = th.cat(critic_target(path.observations[1], path.actions[1]), dim=1).amin(dim=1) - 0.3 * path.log_prob[1]
+        target = path.rewards[0] + model.gamma * path.alive[1] * value
+    expected = 0.5 * sum(((q.squeeze() - target) ** 2).mean() for q in critic(path.observations[0], path.actions[0]))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(model.critic.parameters(), critic.parameters(), strict=True):
+        np.testing.assert_allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_target_is_the_smaller_one_of_two_random_critics_within_the_bounds(monkeypatch):
+    """Five target critics that say 1 to 5 everywhere: of two, the smaller one is 1 in four of ten pairs, never 5."""
+    model, targets = make(gradient_horizon=1, ent_coef=0.1), []
+    monkeypatch.setattr("sb3_mbpo.double_horizon.soft_return", lambda *args: targets.append(args[2]) or args[2])
+    for value, network in enumerate(model.critic_target.q_networks, start=1):
+        for parameter in network.parameters():
+            parameter.data.zero_()
+        network[-1].bias.data.fill_(float(value))
+    for bounds, expected in ((ValueBounds(-9.0, 9.0), {1, 2, 3, 4}), (ValueBounds(1.5, 2.5), {1.5, 2, 2.5})):
+        targets.clear()
+        monkeypatch.setattr(ValueBounds, "moved", lambda self, newest: self)
+        for _ in range(200):
+            model.value_bounds = bounds
+            double_horizon_update(model, starts_of(model), updates_actor=False)
+        assert all((target == target[0]).all() for target in targets) and {target[0].item() for target in targets} == expected
+        if bounds.highest == 9.0:
+            assert sum(target[0].item() == 1 for target in targets) == pytest.approx(80, abs=25)
+
+
+def test_value_bounds_are_those_of_quantiles_and_move_slowly():
+    bounds = ValueBounds.of(th.linspace(-1.0, 3.0, 401), gamma=0.9)
+    assert (bounds.lowest, bounds.highest) == pytest.approx((-9.6, 29.6), rel=1e-4)
+    assert ValueBounds.of(th.linspace(1.0, 3.0, 401), gamma=0.9).lowest == 0.0  # an ended task pays nothing
+    assert ValueBounds.of(th.linspace(-3.0, -1.0, 401), gamma=0.9).highest == 0.0
+    moved = ValueBounds(0.0, 10.0).moved(ValueBounds(-10.0, 10.0))
+    assert (moved.lowest, moved.highest) == pytest.approx((-10.0 * BOUNDS_RATE, 10.0))
+
+
+def test_an_update_leaves_the_dynamics_alone_and_moves_all_else():
+    model = make(steps=45)
+    weights = [parameter.detach().clone() for parameter in model.dynamics.parameters()]
+    before = [parameter.detach().clone() for parameter in model.policy.parameters()]
+    log_ent_coef, updates = model.log_ent_coef.item(), model._n_updates
+    model.train(3, 16)
+    assert all(parameter.requires_grad for parameter in model.dynamics.parameters())  # again, for the next fit
+    assert all((a == b).all() for a, b in zip(weights, model.dynamics.parameters(), strict=True))
+    assert all((a != b).any() for a, b in zip(before, model.policy.parameters(), strict=True))
+    assert model.log_ent_coef.item() != log_ent_coef and model._n_updates == updates + 3
+
+
+@pytest.mark.parametrize("is_dict", [False, True])
+def test_the_policy_and_the_critics_see_what_vec_normalize_shows(is_dict):
+    env = VecNormalize(make_vec_env(partial(LineEnv, dict_observation=is_dict), 1), clip_obs=1.5, clip_reward=0.7)
+    model = make(env, policy="MultiInputPolicy" if is_dict else "MlpPolicy", rollout_length=2)
+    raw = (4 * th.randn(50, model._layout.obs_dim)).requires_grad_()
+    seen = model._layout.policy_input(raw, env)
+    arrays = raw.detach().numpy()
+    expected = env.normalize_obs(dict(memory=arrays[:, :1], position=arrays[:, 1:]) if is_dict else arrays)
+    for got, array, key in ((seen[key], expected[key], key) for key in seen) if is_dict else [(seen, expected, "")]:
+        assert (got.detach().numpy() == array).all() and (np.abs(array) == 1.5).any()
+        (gradient,) = th.autograd.grad(got.sum(), raw, retain_graph=True)
+        statistics = env.obs_rms[key] if is_dict else env.obs_rms
+        slope = (np.abs(array) < 1.5) / np.sqrt(statistics.var + env.epsilon)
+        np.testing.assert_allclose(
+            gradient.numpy()[:, ["memory", "position"].index(key) if is_dict else 0], slope[:, 0], rtol=1e-5
+        )
+    rewards = 3 * th.randn(4, 50)
+    assert (normalize_rewards(rewards, env).numpy() == env.normalize_reward(rewards.numpy())).all()
+    double_horizon_update(model, starts_of(model), updates_actor=True)
+
+
+def test_what_no_gradient_can_pass_is_refused():
+    with pytest.raises(ValueError, match=r"`reward_fn` is not marked as one for torch.*takes_tensors"):
+        make(reward_fn=lambda obs, action, next_obs: -np.abs(next_obs[:, 0]))
+    with pytest.raises(ValueError, match=r"With `share_features_extractor` no gradient passes"):
+        make(policy_kwargs=dict(share_features_extractor=True))
+    with pytest.raises(ValueError, match="gradient_horizon"):
+        make(gradient_horizon=0)
+
+
+def test_new_states_come_with_each_fit_and_every_so_many_updates(monkeypatch):
+    model, rounds = make(steps=45, rollout_freq=7, dynamics_train_freq=1000), []
+    monkeypatch.setattr(model, "imagine", lambda: rounds.append(model._n_updates) or DHMBPO.imagine(model))
+    begun = model._n_updates
+    model.train(30, 16)
+    assert np.diff(rounds).tolist() == [7] * (len(rounds) - 1) and rounds[0] <= begun + 7 and len(rounds) in (4, 5)
+    assert len(model.imagined_buffer) > 64 * 4
+    model.fit_dynamics()
+    assert len(model.imagined_buffer) == 0  # what the old dynamics imagined is gone
+    critics = [parameter.detach().clone() for parameter in model.critic.parameters()]
+    actor = [parameter.detach().clone() for parameter in model.actor.parameters()]
+    model.imagine()
+    model.train(0, 16)  # the critics alone
+    assert not any((a == b).all() for a, b in zip(critics, model.critic.parameters(), strict=True))
+    assert all((a == b).all() for a, b in zip(actor, model.actor.parameters(), strict=True))
+    model._critic_updates_due = 0
+
+
+def test_a_trained_model_can_be_copied_and_its_states_outlive_it(tmp_path):
+    model = make(steps=61)
+    assert model.value_bounds == copy.deepcopy(model).value_bounds
+    model.save(tmp_path / "model")
+    loaded = DHMBPO.load(tmp_path / "model", env=LineEnv())
+    assert loaded.value_bounds == model.value_bounds and loaded.gradient_horizon == 5
+    with pytest.raises(TypeError, match=r"This file was saved by DHMBPO: load it with `DHMBPO.load`"):
+        SAC.load(tmp_path / "model", env=LineEnv())
