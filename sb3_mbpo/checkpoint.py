@@ -73,7 +73,7 @@ def load_checkpoint(
 
     :param folder: written by :func:`save_checkpoint`
     :param env: the environment, made as it was; its ``VecNormalize``, if it has one, gets the saved settings and statistics
-    :param algorithm: the class of the model that was saved, if it is one of your own
+    :param algorithm: the class of the model that was saved, if it is not ``MBPO`` itself
     :param kwargs: attributes to change, as for ``MBPO.load``; but for the seed, because the streams go on
     :raises ValueError: when there is no whole checkpoint, or ``env`` is not wrapped as it was
     :warns UserWarning: names each checkpoint that was skipped because it is damaged, and the one that was loaded

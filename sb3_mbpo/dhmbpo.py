@@ -23,14 +23,13 @@ POLICY = {"activation_fn": LayerNormSiLU, "n_critics": 5}
 #: The same for ``dynamics_kwargs``: smooth enough to differentiate.
 DYNAMICS = {
     "ensemble_size": 8,
-    "n_elites": 8,
     "net_arch": (200, 200, 200),
     "activation_fn": LayerNormSiLU,
     "constant_noise": True,
 }
 #: Rounds of imagination whose states are kept to start from.
 ROUNDS_KEPT = 10
-#: Updates of the critics alone after a fit, as a share of those until the next.
+#: Updates of the critics alone after a fit, as a share of the environment steps until the next.
 CRITIC_SHARE = 0.25
 
 
@@ -103,7 +102,6 @@ class DHMBPO(MBPO):
     ) -> None:
         self.rollout_freq = rollout_freq
         self.gradient_horizon = gradient_horizon
-        self.value_bounds: ValueBounds | None = None
         self._critic_updates_due = 0
         self._last_round_update = 0
         # fmt: off
@@ -113,11 +111,13 @@ class DHMBPO(MBPO):
             target_update_interval, target_entropy, use_sde, sde_sample_freq, use_sde_at_warmup, stats_window_size,
             tensorboard_log, {**POLICY, **(policy_kwargs or {})}, verbose, seed, device, dynamics_train_freq, rollout_length,
             rollout_batch_size, termination_fn=termination_fn, reward_fn=reward_fn,
-            dynamics_kwargs={**DYNAMICS, **(dynamics_kwargs or {})}, _init_setup_model=_init_setup_model,
+            dynamics_kwargs=dynamics_kwargs, _init_setup_model=_init_setup_model,
         )
         # fmt: on
 
     def _check_parameters(self) -> None:
+        dynamics_kwargs = {**DYNAMICS, **(self.dynamics_kwargs or {})}
+        self.dynamics_kwargs = {"n_elites": dynamics_kwargs["ensemble_size"], **dynamics_kwargs}
         super()._check_parameters()
         for name in ("rollout_freq", "gradient_horizon"):
             setattr(self, name, check_positive(name, getattr(self, name)))
@@ -132,11 +132,17 @@ class DHMBPO(MBPO):
                 "through: leave it at False."
             )
 
+    def _setup_model(self) -> None:
+        self.value_bounds = ValueBounds()
+        super()._setup_model()
+        self.value_bounds.to(self.device)
+
     def fit_dynamics(self) -> FitResult:
         """MBPO's. The states that the old dynamics imagined are dropped."""
         result = super().fit_dynamics()
         assert self.imagined_buffer is not None
         self.imagined_buffer.clear()
+        self.imagination_result = None  # until there are new states, the fit is not complete
         self._critic_updates_due = round(CRITIC_SHARE * self.dynamics_train_freq)
         return result
 
@@ -147,13 +153,13 @@ class DHMBPO(MBPO):
         :param gradient_steps: updates of all networks; after a fit, some of the critics alone come before them
         :param batch_size: start states of each
         """
-        if self.imagined_buffer is None or not len(self.imagined_buffer):
+        if self.idle_reason() is not None or self.imagined_buffer is None or not len(self.imagined_buffer):
             super().train(gradient_steps, batch_size)
             return
         start = time.perf_counter()
-        n_critic_updates, self._critic_updates_due = self._critic_updates_due, 0
-        for key, value in double_horizon_updates(self, n_critic_updates, gradient_steps, batch_size).items():
+        for key, value in double_horizon_updates(self, self._critic_updates_due, gradient_steps, batch_size).items():
             self.logger.record(f"train/{key}", value)
+        self._critic_updates_due = 0
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record_mean("train/seconds", time.perf_counter() - start)
 
@@ -199,6 +205,10 @@ class DHMBPO(MBPO):
         progress_bar: bool = False,
     ) -> SelfDHMBPO:
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts, variables = super()._get_torch_save_params()
+        return ([*state_dicts, "value_bounds"] if self.dynamics is not None else state_dicts), variables
 
     def _imagined_capacity(self, step: int) -> int:
         return self.rollout_batch_size * rollout_length_at(step, self.rollout_length) * ROUNDS_KEPT

@@ -20,7 +20,6 @@ A path with a step that is not finite, or that leads far from the data, is left 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch as th
@@ -52,29 +51,37 @@ class ImaginedPath(NamedTuple):
     valid: th.Tensor  # (batch,), float: 1 if every step is finite and near the data, else 0
 
 
-@dataclass(frozen=True)
-class ValueBounds:
+class ValueBounds(nn.Module):
     """
     Between which values the target critics are believed: what a task without end would pay if each step paid the 1 % or the
-    99 % quantile of the rewards with their entropies.
+    99 % quantile of the rewards with their entropies. 0, the value of a task that has ended, always lies between them. Without
+    a discount, and before the first update, there are no bounds.
     """
 
-    lowest: float
-    highest: float
+    lowest: th.Tensor
+    highest: th.Tensor
 
-    @classmethod
-    def of(cls, soft_rewards: th.Tensor, gamma: float) -> "ValueBounds":
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("lowest", th.tensor(-th.inf))
+        self.register_buffer("highest", th.tensor(th.inf))
+
+    def update(self, soft_rewards: th.Tensor, gamma: float) -> None:
         """
+        Moves the bounds by ``BOUNDS_RATE`` towards those of a batch.
+
         :param soft_rewards: (batch,), rewards with their entropies
         :param gamma: discount factor
         """
-        low, high = th.quantile(soft_rewards, soft_rewards.new_tensor([0.01, 0.99])).tolist()
-        return cls(min(low, 0.0) / (1 - gamma), max(high, 0.0) / (1 - gamma))  # an ended task pays nothing
+        if gamma == 1.0 or not len(soft_rewards):
+            return
+        low, high = th.quantile(soft_rewards, soft_rewards.new_tensor([0.01, 0.99])) / (1 - gamma)
+        for bound, newest in ((self.lowest, low.clamp(max=0.0)), (self.highest, high.clamp(min=0.0))):
+            bound.copy_(th.where(bound.isinf(), newest, bound.lerp(newest.to(bound.dtype), BOUNDS_RATE)))
 
-    def moved(self, newest: "ValueBounds") -> "ValueBounds":
-        """:param newest: towards which these move by ``BOUNDS_RATE``"""
-        ends = ((self.lowest, newest.lowest), (self.highest, newest.highest))
-        return ValueBounds(*(old + BOUNDS_RATE * (new - old) for old, new in ends))
+    def clamp(self, values: th.Tensor) -> th.Tensor:
+        """:return: the values, held between the bounds"""
+        return values.clamp(self.lowest, self.highest)
 
 
 def imagine_path(
@@ -87,13 +94,13 @@ def imagine_path(
 ) -> ImaginedPath:
     """
     Differentiable in the policy's parameters. The rows keep their places: one that has ended waits where it was, and gives no
-    gradient from then on.
+    gradient from then on. Where the gradient of a row is not finite, it goes no further back.
 
     :param dynamics: fitted
     :param policy: the current one
     :param starts: (batch, obs_dim), raw
     :param horizon: H, steps
-    :param elites: members that take part; each row draws one at each step, and all get the same number of rows
+    :param elites: members that take part; each row draws one at each step, and all get as many rows
     :param generator: draws members and next states
     """
     elite_members = th.tensor(elites, device=starts.device)
@@ -102,8 +109,10 @@ def imagine_path(
     draws = [policy(starts)]
     for _ in range(horizon):
         observations = states[-1]
+        _stop_at_infinite_gradients(observations, draws[-1][0])
         places = th.randperm(len(starts), generator=generator, device=starts.device)
         step = dynamics.step(observations, draws[-1][0], elite_members[places % len(elites)], generator)
+        _stop_at_infinite_gradients(step.next_observations)
         usable = step.next_observations.isfinite().all(dim=-1) & step.rewards.isfinite()
         usable &= dynamics.near_data(step.next_observations)
         valid = valid & (usable | ~alive)
@@ -115,6 +124,13 @@ def imagine_path(
     actions, log_prob = (th.stack(part) for part in zip(*draws, strict=True))
     alive_steps = th.stack(masks).to(starts.dtype)
     return ImaginedPath(th.stack(states), actions, log_prob, th.stack(rewards), alive_steps, valid.to(starts.dtype))
+
+
+def _stop_at_infinite_gradients(*tensors: th.Tensor) -> None:
+    """A reward that is NaN is left out, but its gradient would be zero times NaN. :param tensors: (batch, ...) each"""
+    for tensor in tensors:
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: gradient.where(gradient.isfinite().all(dim=-1, keepdim=True), 0.0))
 
 
 def soft_return(
@@ -139,6 +155,8 @@ def double_horizon_updates(model: "DHMBPO", n_critic_updates: int, n_updates: in
     """
     First some updates of the critics alone, then some of all networks. Whenever it is due, the model imagines new states.
 
+    With gSDE, all rows and steps of an update share one noise matrix, as the rows do in SB3.
+
     :param model: its networks, target critics, entropy coefficient, value bounds and imagined states are updated in place
     :param n_critic_updates: of the critics alone; they are not counted in ``_n_updates``
     :param n_updates: of critics, actor and entropy coefficient
@@ -152,7 +170,7 @@ def double_horizon_updates(model: "DHMBPO", n_critic_updates: int, n_updates: in
     for optimizer in optimizers:
         fuse(optimizer)
     losses: dict[str, list[th.Tensor]] = {}
-    with faster_layers(model.policy), unchecked_distributions(), frozen(model.dynamics):
+    with faster_layers(model.policy), unchecked_distributions(), frozen(model.dynamics), forgotten_draws(model):
         for step in range(n_critic_updates + n_updates):
             if model.states_due():
                 model.imagine()
@@ -167,9 +185,19 @@ def double_horizon_updates(model: "DHMBPO", n_critic_updates: int, n_updates: in
                 polyak_update(model.critic.parameters(), model.critic_target.parameters(), model.tau)
                 polyak_update(model.batch_norm_stats, model.batch_norm_stats_target, 1.0)
             model._n_updates += updates_actor
-        with th.no_grad():
-            model.draw_actions(starts)  # SB3's distribution remembers its last draw, and with it all that led to it
     return checked_means(losses)
+
+
+@contextmanager
+def forgotten_draws(model: "DHMBPO") -> Iterator[None]:
+    """SB3's distribution remembers its last draw, and with it all that led there. After this, it has none."""
+    try:
+        yield
+    finally:
+        if not model.use_sde:
+            remembered = vars(model.actor.action_dist)
+            remembered.pop("distribution", None)
+            remembered["gaussian_actions"] = None
 
 
 @contextmanager
@@ -202,12 +230,11 @@ def double_horizon_update(model: "DHMBPO", starts: th.Tensor, updates_actor: boo
     actions = path.actions.detach()
 
     with th.no_grad():
-        soft_rewards = (rewards - ent_coef * path.log_prob[:-1])[path.alive[:-1] > 0]
-        newest = ValueBounds.of(soft_rewards, model.gamma)
-        model.value_bounds = newest if model.value_bounds is None else model.value_bounds.moved(newest)
+        soft_rewards = rewards - ent_coef * path.log_prob[:-1]
+        model.value_bounds.update(soft_rewards[path.alive[:-1] * path.valid > 0], model.gamma)
         last_values = model.q_values(model.critic_target, path.observations[-1], actions[-1])
         chosen = th.randperm(len(last_values), generator=model._generator, device=starts.device)[:2]
-        last_values = last_values[chosen].amin(dim=0).clamp(model.value_bounds.lowest, model.value_bounds.highest)
+        last_values = model.value_bounds.clamp(last_values[chosen].amin(dim=0))
         targets = soft_return(path, rewards, last_values, ent_coef, model.gamma) + ent_coef * path.log_prob[0]
     errors = model.q_values(model.critic, starts, actions[0]) - targets
     critic_loss = 0.5 * (weights * errors.square()).sum()

@@ -233,16 +233,16 @@ def fit_ensemble(
         optimizer.state.clear()
 
     squared_errors, prediction = _evaluate(dynamics, holdout)
-    if ensemble.constant_log_var is not None:
-        with th.no_grad():
-            ensemble.constant_log_var.copy_(squared_errors.clamp(min=MIN_NOISE**2).log().unsqueeze(1))
-        prediction = _evaluate(dynamics, holdout)[1]
     member_errors = squared_errors.mean(dim=1)
     if not member_errors.isfinite().all():
         raise ValueError(
             f"The dynamics cannot be fitted: its holdout errors are {member_errors.tolist()}. The largest real observation is "
             f"{data.observations.abs().max():.3g}, the largest reward {data.rewards.abs().max():.3g}: check their scale."
         )
+    if ensemble.constant_log_var is not None:
+        with th.no_grad():
+            ensemble.constant_log_var.copy_(squared_errors.clamp(min=MIN_NOISE**2).log().unsqueeze(1))
+        prediction = _evaluate(dynamics, holdout)[1]
     elites = th.argsort(member_errors)[: config.n_elites]
     elite_prediction = GaussianPrediction(prediction.mean[elites], prediction.std[elites])
     return FitResult(

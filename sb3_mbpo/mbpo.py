@@ -303,7 +303,7 @@ class MBPO(ResumableSAC):
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if self.idle_reason() is not None and not self._has_said_idle:
-            self.logger.log(f"MBPO runs as plain SAC: {self.idle_reason()}.")
+            self.logger.log(f"{type(self).__name__} runs as plain SAC: {self.idle_reason()}.")
             self._has_said_idle = True
         if not isinstance(callback, list):
             callback = [callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)]
@@ -333,7 +333,7 @@ class MBPO(ResumableSAC):
 
     def _modelled_dynamics(self) -> Dynamics:
         if self.dynamics is None:
-            raise ValueError(f"MBPO runs as plain SAC here and has no dynamics: {self._why_not_modelled}.")
+            raise ValueError(f"{type(self).__name__} runs as plain SAC here and has no dynamics: {self._why_not_modelled}.")
         if self.env is None:
             raise ValueError("There is no environment to tell how it ends and is normalised: call `set_env` first.")
         return self.dynamics

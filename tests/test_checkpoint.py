@@ -82,8 +82,7 @@ def all_equal(first: MBPO, second: MBPO) -> bool:
             arrays += [vec_normalize.obs_rms.mean, vec_normalize.obs_rms.var, np.array(vec_normalize.ret_rms.var)]
         leaves += [th.as_tensor(array) for array in arrays]
         leaves += [] if imagined is None else imagined.newest(imagined.capacity)
-        counts = [model._n_updates, model._episode_num, getattr(model, "value_bounds", None)]
-        numbers.append([*leaves, *counts, model._generator.get_state()])
+        numbers.append([*leaves, model._n_updates, model._episode_num, model._generator.get_state()])
     return all(
         bool((a == b).all()) if isinstance(a, th.Tensor) else a == b for a, b in zip(numbers[0], numbers[1], strict=True)
     )
@@ -577,6 +576,9 @@ def test_a_file_of_another_algorithm_is_explained(tmp_path):
     sac.save(tmp_path / "sac")
     with pytest.raises(TypeError, match=r"This file was saved by MBPO: load it with `MBPO.load`"):
         SAC.load(tmp_path / "mbpo")
+    make(algorithm=DHMBPO).save(tmp_path / "dhmbpo")
+    with pytest.raises(TypeError, match=r"This file was saved by DHMBPO: load it with `DHMBPO.load`"):
+        MBPO.load(tmp_path / "dhmbpo")
     with pytest.raises(ValueError, match=r"does not hold what MBPO needs.*If SAC saved it, load it with `SAC.load`"):
         MBPO.load(tmp_path / "sac")
     model = make(seed=2)

@@ -11,7 +11,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_mbpo import DHMBPO
+from sb3_mbpo import DHMBPO, takes_tensors
 from sb3_mbpo.double_horizon import BOUNDS_RATE, ImaginedPath, ValueBounds, double_horizon_update, imagine_path, soft_return
 from sb3_mbpo.observations import normalize_rewards
 from sb3_mbpo.type_aliases import Step
@@ -189,7 +189,7 @@ def test_the_critics_learn_sacs_target_over_one_step(monkeypatch):
     model = make(gradient_horizon=1, policy_kwargs=dict(net_arch=[16, 16], n_critics=2), ent_coef=0.3)
     paths = []
     monkeypatch.setattr("sb3_mbpo.double_horizon.imagine_path", lambda *args: paths.append(imagine_path(*args)) or paths[0])
-    model.value_bounds = ValueBounds(-1e6, 1e6)
+    monkeypatch.setattr(ValueBounds, "update", lambda self, *args: None)  # there are none
     critic, critic_target = copy.deepcopy(model.critic), copy.deepcopy(model.critic_target)
     loss = double_horizon_update(model, starts_of(model), updates_actor=False)["critic_loss"]
     path = paths[0]
@@ -212,24 +212,26 @@ def test_the_target_is_the_smaller_one_of_two_random_critics_within_the_bounds(m
         for parameter in network.parameters():
             parameter.data.zero_()
         network[-1].bias.data.fill_(float(value))
-    for bounds, expected in ((ValueBounds(-9.0, 9.0), {1, 2, 3, 4}), (ValueBounds(1.5, 2.5), {1.5, 2, 2.5})):
+    for bounds, expected in (((-9.0, 9.0), {1, 2, 3, 4}), ((1.5, 2.5), {1.5, 2, 2.5})):
         targets.clear()
-        monkeypatch.setattr(ValueBounds, "moved", lambda self, newest: self)
+        model.value_bounds.lowest.fill_(bounds[0])
+        model.value_bounds.highest.fill_(bounds[1])
+        monkeypatch.setattr(ValueBounds, "update", lambda self, *args: None)
         for _ in range(200):
-            model.value_bounds = bounds
             double_horizon_update(model, starts_of(model), updates_actor=False)
         assert all((target == target[0]).all() for target in targets) and {target[0].item() for target in targets} == expected
-        if bounds.highest == 9.0:
+        if bounds[1] == 9.0:
             assert sum(target[0].item() == 1 for target in targets) == pytest.approx(80, abs=25)
 
 
 def test_value_bounds_are_those_of_quantiles_and_move_slowly():
-    bounds = ValueBounds.of(th.linspace(-1.0, 3.0, 401), gamma=0.9)
-    assert (bounds.lowest, bounds.highest) == pytest.approx((-9.6, 29.6), rel=1e-4)
-    assert ValueBounds.of(th.linspace(1.0, 3.0, 401), gamma=0.9).lowest == 0.0  # an ended task pays nothing
-    assert ValueBounds.of(th.linspace(-3.0, -1.0, 401), gamma=0.9).highest == 0.0
-    moved = ValueBounds(0.0, 10.0).moved(ValueBounds(-10.0, 10.0))
-    assert (moved.lowest, moved.highest) == pytest.approx((-10.0 * BOUNDS_RATE, 10.0))
+    bounds, unbounded = ValueBounds(), th.tensor([-1e9, 1e9])
+    bounds.update(th.linspace(-1.0, 3.0, 401), gamma=1.0)
+    assert (bounds.clamp(unbounded) == unbounded).all()  # without a discount, and before the first update
+    bounds.update(th.linspace(-1.0, 3.0, 401), gamma=0.9)
+    assert bounds.clamp(unbounded).tolist() == pytest.approx([-9.6, 29.6], rel=1e-4)
+    bounds.update(th.linspace(1.0, 3.0, 401), gamma=0.9)  # 0 belongs to them: an ended task pays nothing
+    assert bounds.clamp(unbounded).tolist() == pytest.approx([-9.6 * (1 - BOUNDS_RATE), 29.6 + BOUNDS_RATE * 0.2], rel=1e-4)
 
 
 def test_an_update_leaves_the_dynamics_alone_and_moves_all_else():
@@ -265,6 +267,43 @@ def test_the_policy_and_the_critics_see_what_vec_normalize_shows(is_dict):
     double_horizon_update(model, starts_of(model), updates_actor=True)
 
 
+def test_a_reward_that_is_not_finite_does_not_reach_the_networks(monkeypatch):
+    """Through `where`, its gradient would be zero times NaN; one of infinite slope has a finite value, too."""
+
+    @takes_tensors
+    def reward(obs, action, next_obs):
+        x = next_obs[:, 0]
+        return th.where(x > 0.5, (0.0 * x).sqrt(), (x.abs() - 0.2).sqrt())
+
+    model = make(steps=41, reward_fn=reward)
+    model.train(3, 64)
+    assert 0.0 < model.logger.name_to_value["train/valid_paths"] < 1.0
+    assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+
+
+def test_without_a_discount_it_learns_without_bounds():
+    assert make(steps=61, gamma=1.0).value_bounds.highest == th.inf
+
+
+def test_its_defaults_fill_up_what_the_user_leaves_open(tmp_path):
+    model = make(dynamics_kwargs=dict(ensemble_size=5, max_gradient_steps=20))
+    config = model.dynamics.config
+    assert (config.ensemble_size, config.n_elites, config.constant_noise, config.max_gradient_steps) == (5, 5, True, 20)
+    model.save(tmp_path / "model")
+    loaded = DHMBPO.load(tmp_path / "model", env=LineEnv(), dynamics_kwargs=dict(ensemble_size=5, max_gradient_steps=30))
+    assert loaded.dynamics.config.constant_noise and loaded.dynamics.config.max_gradient_steps == 30
+
+
+def test_a_fit_without_new_states_is_made_again(monkeypatch):
+    model, fits = make(steps=45), []
+    model.fit_dynamics()
+    assert model.dynamics_due()
+    monkeypatch.setattr(model, "fit_dynamics", lambda: fits.append(model.num_timesteps) or DHMBPO.fit_dynamics(model))
+    model.gradient_steps = 1
+    model.learn(3, reset_num_timesteps=False)
+    assert fits == [46] and len(model.imagined_buffer) > 0
+
+
 def test_what_no_gradient_can_pass_is_refused():
     with pytest.raises(ValueError, match=r"`reward_fn` is not marked as one for torch.*takes_tensors"):
         make(reward_fn=lambda obs, action, next_obs: -np.abs(next_obs[:, 0]))
@@ -294,9 +333,10 @@ def test_new_states_come_with_each_fit_and_every_so_many_updates(monkeypatch):
 
 def test_a_trained_model_can_be_copied_and_its_states_outlive_it(tmp_path):
     model = make(steps=61)
-    assert model.value_bounds == copy.deepcopy(model).value_bounds
+    bounds = model.value_bounds.clamp(th.tensor([-1e9, 1e9])).tolist()
+    assert bounds[0] < bounds[1] and copy.deepcopy(model).value_bounds.clamp(th.tensor([-1e9, 1e9])).tolist() == bounds
     model.save(tmp_path / "model")
     loaded = DHMBPO.load(tmp_path / "model", env=LineEnv())
-    assert loaded.value_bounds == model.value_bounds and loaded.gradient_horizon == 5
+    assert loaded.value_bounds.clamp(th.tensor([-1e9, 1e9])).tolist() == bounds and loaded.gradient_horizon == 5
     with pytest.raises(TypeError, match=r"This file was saved by DHMBPO: load it with `DHMBPO.load`"):
         SAC.load(tmp_path / "model", env=LineEnv())

@@ -30,11 +30,13 @@ def test_the_python_blocks_run(code, tmp_path, monkeypatch):
     init, learn = MBPO.__init__, MBPO.learn
 
     def short_init(self, *args, **kwargs):
-        init(self, *args, **(kwargs | dict(learning_starts=40, rollout_batch_size=100)))
+        given = inspect.signature(init).bind(self, *args, **kwargs)
+        given.arguments |= dict(learning_starts=40, rollout_batch_size=100)
+        init(*given.args, **given.kwargs)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(MBPO, "__init__", short_init)
-    monkeypatch.setattr(MBPO, "learn", lambda self, steps, **kwargs: learn(self, min(steps, 60), **kwargs))
+    monkeypatch.setattr(MBPO, "learn", lambda self, steps, *args, **kwargs: learn(self, min(steps, 60), *args, **kwargs))
     exec(compile(code, "README.md", "exec"), {})
 
 

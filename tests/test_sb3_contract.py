@@ -538,7 +538,7 @@ def test_an_interrupted_model_goes_on(where, calls, error, monkeypatch, tmp_path
     assert model.replay_buffer is buffer and type(buffer) is ReplayBuffer and 41 <= buffer.size() == model.num_timesteps < 80
     model.save(tmp_path / "model")
     model.save_replay_buffer(tmp_path / "buffer")
-    loaded = ALGORITHM.load(tmp_path / "model", env=LineEnv())
+    loaded = type(model).load(tmp_path / "model", env=LineEnv())
     loaded.load_replay_buffer(tmp_path / "buffer")
     for each, fit in ((model, model.fit_result), (loaded, loaded.fit_result)):
         assert each.action_space.contains(each.predict(np.zeros(1))[0])
