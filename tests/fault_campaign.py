@@ -2,7 +2,7 @@
 Kills a training run again and again, whatever it is doing, resumes it each time, and compares its end with that of a run
 which was left alone.
 
-    python tests/fault_campaign.py --kills 50 --steps 3000
+    python tests/fault_campaign.py --kills 50 --steps 3000 --algorithm MBPO
 """
 
 import argparse
@@ -24,11 +24,12 @@ import numpy as np
 import torch as th
 from torch.utils._pytree import tree_leaves
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.checkpoint import CheckpointCallback, checkpoints, load_checkpoint
 from sb3_mbpo.run_state import blob_names
 from sb3_mbpo.storage import BlobStore, DamagedFileError, read_json
 
+ALGORITHMS = {"MBPO": MBPO, "DHMBPO": DHMBPO}
 SETTINGS: dict[str, Any] = dict(
     learning_starts=100,
     gradient_steps=2,
@@ -44,7 +45,8 @@ PHASES = list(LONGEST)
 class Worker:
     """One life of the run, in a process of its own. Its files tell the parent what it was doing when it was killed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, algorithm: str) -> None:
+        self.algorithm = algorithm
         self.checkpoints = folder / "checkpoints"
         self.phase_file = folder / "phase"
         self.saved_file = folder / "saved"
@@ -66,7 +68,7 @@ class Worker:
     def run(self, steps: int) -> None:
         worker = self
 
-        class Watched(MBPO):
+        class Watched(ALGORITHMS[self.algorithm]):
             def fit_dynamics(self):
                 with worker.phase("fit"):
                     return super().fit_dynamics()
@@ -99,8 +101,8 @@ class Worker:
 
     def start(self, steps: int) -> subprocess.Popen[bytes]:
         self.phase_file.write_text("start")
-        folder = str(self.phase_file.parent)
-        return subprocess.Popen([sys.executable, __file__, "--worker", folder, "--steps", str(steps)])
+        options = ["--worker", str(self.phase_file.parent), "--algorithm", self.algorithm, "--steps", str(steps)]
+        return subprocess.Popen([sys.executable, __file__, *options])
 
     def steps_safe(self) -> int:
         """Environment steps in the newest whole checkpoint; 0: there is none."""
@@ -132,12 +134,12 @@ def digest(model: MBPO) -> str:
     return result.hexdigest()
 
 
-def campaign(folder: Path, kills: int, steps: int, seed: int) -> dict[str, Any]:
+def campaign(folder: Path, algorithm: str, kills: int, steps: int, seed: int) -> dict[str, Any]:
     """
     :return: what was seen
     :raises AssertionError: when something was lost, or the ends differ
     """
-    alone, killed = Worker(folder / "alone"), Worker(folder / "killed")
+    alone, killed = Worker(folder / "alone", algorithm), Worker(folder / "killed", algorithm)
     for worker in (alone, killed):
         worker.checkpoints.mkdir(parents=True)
     assert alone.start(steps).wait() == 0
@@ -173,15 +175,17 @@ def campaign(folder: Path, kills: int, steps: int, seed: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="MBPO")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        Worker(arguments.worker).run(arguments.steps)
+        Worker(arguments.worker, arguments.algorithm).run(arguments.steps)
     else:
         with tempfile.TemporaryDirectory() as temporary:
             start = time.perf_counter()
-            print(json.dumps(campaign(Path(temporary), arguments.kills, arguments.steps, arguments.seed), indent=2))
+            size = (arguments.kills, arguments.steps, arguments.seed)
+            print(json.dumps(campaign(Path(temporary), arguments.algorithm, *size), indent=2))
             print(f"{time.perf_counter() - start:.0f} s")

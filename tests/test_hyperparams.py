@@ -6,7 +6,7 @@ import gymnasium as gym
 import pytest
 import yaml
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.dynamics import DynamicsConfig
 from sb3_mbpo.hyperparams import FOLDER, load_settings, settings_file
 from sb3_mbpo.tasks import known_termination_fn
@@ -25,7 +25,7 @@ OBS_DIMS = {
     "Humanoid-v5": 45,
     "Reacher-v5": 10,
 }
-FILES = ("mbpo", "mbpo_paper")
+FILES = {"mbpo": MBPO, "mbpo_paper": MBPO, "dhmbpo": DHMBPO}
 
 
 class Paper(NamedTuple):
@@ -55,10 +55,10 @@ PAPER = {
 
 def make_model(env_id: str, name: str) -> MBPO:
     settings = load_settings(env_id, name)
-    return MBPO(settings.policy, gym.make(env_id, **settings.env_kwargs), device="cpu", **settings.kwargs)
+    return FILES[name](settings.policy, gym.make(env_id, **settings.env_kwargs), device="cpu", **settings.kwargs)
 
 
-def test_both_files_list_the_same_tasks():
+def test_all_files_list_the_same_tasks():
     listed = set(OBS_DIMS) - {"Reacher-v5"} | {"default"}
     assert sorted(file.stem for file in FOLDER.glob("*.yml")) == sorted(FILES)
     assert all(set(yaml.safe_load(settings_file(name).read_text())) == listed for name in FILES)
@@ -165,5 +165,5 @@ def test_a_file_that_cannot_be_used_is_explained(content, message, tmp_path):
 
 @pytest.mark.parametrize("name", ["mbpo_papr", "missing.yml", "mbpo.txt"])
 def test_unknown_settings_are_refused_and_ours_are_named(name):
-    with pytest.raises(ValueError, match=rf"no settings '{name}': pass one of \['mbpo', 'mbpo_paper'\] or the path"):
+    with pytest.raises(ValueError, match=rf"no settings '{name}': pass one of \['dhmbpo', 'mbpo', 'mbpo_paper'\] or the path"):
         settings_file(name)

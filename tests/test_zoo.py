@@ -152,7 +152,7 @@ def test_what_cannot_work_is_refused_before_a_run_begins(tmp_path):
         f"{train} -params callback:{callback}",
         f"{train} -params callback:[{{{callback}:dict(gradient_steps=1)}}]",
     )
-    assert "ValueError: There are no settings 'mbpo_papr': pass one of ['mbpo', 'mbpo_paper']" in unknown
+    assert "ValueError: There are no settings 'mbpo_papr': pass one of ['dhmbpo', 'mbpo', 'mbpo_paper']" in unknown
     for said in (parallel, listed):
         assert "ValueError: `ParallelTrainCallback` trains a copy of the model" in said
     assert not (tmp_path / "logs").exists()
@@ -176,6 +176,23 @@ def test_other_algorithms_and_own_settings_are_left_alone(tmp_path):
     )
     assert "('tau', 0.125)" in by_path and "('tau', 0.375)" in by_module
     assert "sac.yml" in sac and (tmp_path / "logs/sac/Short-v0_1/Short-v0.zip").exists()
+
+
+def test_dhmbpo_is_known_with_its_own_settings_and_search(tmp_path):
+    size = "-n 130 --eval-freq 60 --eval-episodes 1"
+    parameters = "-params learning_starts:50 dynamics_train_freq:50 dynamics_kwargs:dict(net_arch=[16],max_gradient_steps=20)"
+    train, enjoy, optimize, parallel = zoo(
+        tmp_path,
+        f"train --algo dhmbpo --env Pendulum-v1 {size} {parameters}",
+        "enjoy --algo dhmbpo --env Pendulum-v1 -f logs --no-render -n 5",
+        f"train --algo dhmbpo --env Pendulum-v1 {size} --optimize --n-trials 1 --no-optim-plots {parameters}",
+        "train --algo dhmbpo --env Short-v0 -n 20 -params callback:'rl_zoo3.callbacks.ParallelTrainCallback'",
+    )
+    assert "hyperparams/dhmbpo.yml" in train and "valid_paths" in train and "Eval num_timesteps=120" in train
+    assert "Loading running average" in enjoy
+    sampled = "learning_rate tau gradient_steps target_entropy dynamics_train_freq rollout_length gradient_horizon"
+    assert re.findall(r"^    (\w+): ", optimize, flags=re.MULTILINE) == sampled.split()
+    assert "Leave it out for `dhmbpo`" in parallel
 
 
 @pytest.mark.skipif(importlib.util.find_spec("moviepy") is None, reason="needs moviepy")
