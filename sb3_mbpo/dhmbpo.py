@@ -1,25 +1,27 @@
 """``DHMBPO``: MBPO whose policy also learns through the gradient of the dynamics."""
 
 import time
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.policies import ContinuousCritic
+from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.sac.policies import SACPolicy
+from stable_baselines3.sac.policies import CnnPolicy, SACPolicy
+from torch import nn
 
 from sb3_mbpo.activations import LayerNormSiLU
 from sb3_mbpo.double_horizon import ValueBounds, double_horizon_updates
 from sb3_mbpo.mbpo import MBPO
+from sb3_mbpo.policies import MlpPolicy, MultiInputPolicy
 from sb3_mbpo.schedules import check_positive, rollout_length_at
 from sb3_mbpo.type_aliases import FitResult, RewardFn, RolloutLength, TerminationFn
 
 SelfDHMBPO = TypeVar("SelfDHMBPO", bound="DHMBPO")
 
 #: What ``policy_kwargs`` hold unless the user says otherwise.
-POLICY = {"activation_fn": LayerNormSiLU, "n_critics": 5}
+POLICY = {"activation_fn": nn.SiLU, "n_critics": 5}
 #: The same for ``dynamics_kwargs``: smooth enough to differentiate.
 DYNAMICS = {
     "ensemble_size": 8,
@@ -48,8 +50,9 @@ class DHMBPO(MBPO):
     :param gradient_steps: updates per call of ``train``. After each fit come ``dynamics_train_freq / 4`` of the critics alone
     :param batch_size: start states of each update
     :param n_steps: n-step returns of the replay buffer, which DHMBPO does not learn from unless it runs as SAC
-    :param policy_kwargs: additional arguments to be passed to the policy on creation. Unless they say otherwise, it has five
-        critics and :class:`sb3_mbpo.activations.LayerNormSiLU` between its layers
+    :param policy: as for SAC. "MlpPolicy" and "MultiInputPolicy" are those of :mod:`sb3_mbpo.policies`
+    :param policy_kwargs: additional arguments to be passed to the policy on creation. Unless they say otherwise, it has SiLU
+        between its layers, and five critics
     :param rollout_length: steps of the long rollouts
     :param rollout_batch_size: rollouts per round. The states of the last ten rounds are kept, until the next fit
     :param rollout_freq: updates between two rounds
@@ -60,6 +63,12 @@ class DHMBPO(MBPO):
         LayerNormSiLU, all of them elites, and constant noise
     :raises ValueError: as for MBPO, and for a ``reward_fn`` or a policy that no gradient can pass
     """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,  # images are not modelled
+        "MultiInputPolicy": MultiInputPolicy,
+    }
 
     def __init__(
         self,
@@ -148,13 +157,16 @@ class DHMBPO(MBPO):
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
-        Double-horizon updates from imagined states; without any, SAC's own.
+        Double-horizon updates from imagined states; none before the first fit. Where the observations are not modelled, the
+        updates are SAC's.
 
         :param gradient_steps: updates of all networks; after a fit, some of the critics alone come before them
         :param batch_size: start states of each
         """
-        if self.idle_reason() is not None or self.imagined_buffer is None or not len(self.imagined_buffer):
+        if self.idle_reason() is not None:
             super().train(gradient_steps, batch_size)
+            return
+        if self.fit_result is None:  # SAC would teach the critics in other units
             return
         start = time.perf_counter()
         for key, value in double_horizon_updates(self, self._critic_updates_due, gradient_steps, batch_size).items():
@@ -164,8 +176,9 @@ class DHMBPO(MBPO):
         self.logger.record_mean("train/seconds", time.perf_counter() - start)
 
     def states_due(self) -> bool:
-        """Whether a round is due: the first update after every ``rollout_freq`` since the last."""
-        return self._n_updates - self._last_round_update >= self.rollout_freq
+        """Whether a round is due: without any states, as after a load, and ``rollout_freq`` updates after the last round."""
+        assert self.imagined_buffer is not None
+        return not len(self.imagined_buffer) or self._n_updates - self._last_round_update >= self.rollout_freq
 
     def imagine(self) -> int:
         rows = super().imagine()
@@ -190,10 +203,10 @@ class DHMBPO(MBPO):
         :param critic: the model's own, or the target
         :param observations: (batch, obs_dim), raw
         :param actions: (batch, action_dim), in [-1, 1]
-        :return: (n_critics, batch)
+        :return: (n_critics, batch); what the networks themselves put out is in units of ``value_bounds``
         """
-        values = critic(self._layout.policy_input(observations, self._vec_normalize_env), actions)
-        return th.stack(values).squeeze(-1)
+        outputs = critic(self._layout.policy_input(observations, self._vec_normalize_env), actions)
+        return self.value_bounds.scale(th.stack(outputs).squeeze(-1))
 
     def learn(
         self: SelfDHMBPO,

@@ -56,6 +56,9 @@ class ValueBounds(nn.Module):
     Between which values the target critics are believed: what a task without end would pay if each step paid the 1 % or the
     99 % quantile of the rewards with their entropies. 0, the value of a task that has ended, always lies between them. Without
     a discount, and before the first update, there are no bounds.
+
+    Their distance is also the unit of what the critics put out, so that values of hundreds are learned as soon as values of
+    tenths.
     """
 
     lowest: th.Tensor
@@ -78,6 +81,14 @@ class ValueBounds(nn.Module):
         low, high = th.quantile(soft_rewards, soft_rewards.new_tensor([0.01, 0.99])) / (1 - gamma)
         for bound, newest in ((self.lowest, low.clamp(max=0.0)), (self.highest, high.clamp(min=0.0))):
             bound.copy_(th.where(bound.isinf(), newest, bound.lerp(newest.to(bound.dtype), BOUNDS_RATE)))
+
+    def scale(self, outputs: th.Tensor) -> th.Tensor:
+        """
+        :param outputs: of critics, of any shape
+        :return: the values that they stand for
+        """
+        distance = self.highest - self.lowest
+        return outputs * th.where(distance.isfinite(), distance, 1.0)
 
     def clamp(self, values: th.Tensor) -> th.Tensor:
         """:return: the values, held between the bounds"""

@@ -84,7 +84,8 @@ def new_sac(env=None, policy=None, **kwargs):
     settings = dict(seed=0, device="cpu", learning_starts=ACTIVE["learning_starts"]) | OF_SAC[ALGORITHM] | kwargs
     if ALGORITHM is DHMBPO:
         settings["policy_kwargs"] = POLICY | small_policy(kwargs)["policy_kwargs"]
-    return SAC(*environment_and_policy(env, policy), **settings)
+    name, env = environment_and_policy(env, policy)
+    return SAC(ALGORITHM.policy_aliases[name], env, **settings)
 
 
 def of_mbpo(**kwargs) -> dict:
@@ -208,7 +209,8 @@ BUFFERS += [(OwnBuffer, LineEnv, dict(replay_buffer_class=OwnBuffer)), (HerRepla
 @pytest.mark.parametrize(("expected", "env", "kwargs"), BUFFERS)
 def test_the_replay_buffer_and_the_policy_are_those_of_sac(expected, env, kwargs):
     model, sac = new(env(), **kwargs), new_sac(env(), **kwargs)
-    assert isinstance(model, SAC) and ALGORITHM.policy_aliases == SAC.policy_aliases
+    assert isinstance(model, SAC) and set(ALGORITHM.policy_aliases) == set(SAC.policy_aliases)
+    assert isinstance(model.policy, SAC.policy_aliases[environment_and_policy(env(), None)[0]])
     assert type(model.policy) is type(sac.policy) and str(model.policy) == str(sac.policy) and identical(model, sac)
     before = model.replay_buffer
     model.learn(46)
