@@ -16,7 +16,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.hyperparams import load_settings
+from sb3_mbpo.hyperparams import as_arguments, load_settings
 
 
 def main() -> None:
@@ -32,8 +32,10 @@ def main() -> None:
     th.set_num_threads(args.threads)
     settings = load_settings("Hopper-v5", "mbpo_paper")
     changes = {"learning_starts": args.learning_starts, "gradient_steps": args.gradient_steps}
-    kwargs = settings.kwargs | {name: value for name, value in changes.items() if value is not None}
-    model = MBPO(settings.policy, "Hopper-v5", tensorboard_log=str(args.out), verbose=1, seed=args.seed, **kwargs)
+    kwargs = as_arguments(settings.kwargs) | {name: value for name, value in changes.items() if value is not None}
+    model = MBPO(
+        settings.policy, "Hopper-v5", tensorboard_log=str(args.out), verbose=1, seed=args.seed, **as_arguments(kwargs)
+    )
     eval_env = Monitor(gym.make("Hopper-v5"))
     model.learn(args.steps, callback=EvalCallback(eval_env, eval_freq=1000, log_path=str(args.out)), progress_bar=True)
     mean, spread = evaluate_policy(model, eval_env, n_eval_episodes=10)

@@ -20,7 +20,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.hyperparams import load_settings
+from sb3_mbpo.hyperparams import as_arguments, load_settings
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("pendulum"), help="folder for the picture and the evaluations")
     args = parser.parse_args()
 
-    kwargs = settings.kwargs | {"learning_starts": args.learning_starts}
+    kwargs = as_arguments(settings.kwargs) | {"learning_starts": args.learning_starts}
     model = MBPO(settings.policy, "Pendulum-v1", seed=args.seed, **kwargs)
     eval_env = Monitor(gym.make("Pendulum-v1"))
     eval_env.reset(seed=args.seed + 10_000)

@@ -8,7 +8,7 @@ import yaml
 
 from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.dynamics import DynamicsConfig
-from sb3_mbpo.hyperparams import FOLDER, load_settings, settings_file
+from sb3_mbpo.hyperparams import FOLDER, as_arguments, load_settings, settings_file
 from sb3_mbpo.tasks import known_termination_fn
 
 #: Dimensions of the observations; Reacher-v5 stands for what has no settings of its own.
@@ -55,7 +55,7 @@ PAPER = {
 
 def make_model(env_id: str, name: str) -> MBPO:
     settings = load_settings(env_id, name)
-    return FILES[name](settings.policy, gym.make(env_id, **settings.env_kwargs), device="cpu", **settings.kwargs)
+    return FILES[name](settings.policy, gym.make(env_id, **settings.env_kwargs), device="cpu", **as_arguments(settings.kwargs))
 
 
 def test_all_files_list_the_same_tasks():
@@ -128,6 +128,21 @@ def test_a_file_of_ones_own_is_read_by_its_path(tmp_path):
     settings = load_settings("Line-v0", path)
     assert settings == (1000, "MlpPolicy", 2, {}, {"norm_reward": False}, {"tau": 0.1})
     assert isinstance(settings.n_timesteps, int)
+
+
+def test_what_yaml_cannot_say_is_translated():
+    written = {
+        "learning_rate": "lin_3e-4",
+        "rollout_length": [1, 2, 1, 3],
+        "ent_coef": "auto",
+        "dynamics_kwargs": {"n_elites": 2},
+    }
+    arguments = as_arguments(written)
+    assert [arguments["learning_rate"](remaining) for remaining in (1.0, 0.5, 0.0)] == [3e-4, 1.5e-4, 0.0]
+    assert arguments["rollout_length"] == (1, 2, 1, 3) and arguments["ent_coef"] == "auto"
+    assert arguments["dynamics_kwargs"] == {"n_elites": 2} and arguments["dynamics_kwargs"] is not written["dynamics_kwargs"]
+    with pytest.raises(ValueError, match=r"a number after 'lin_' in `learning_rate`, but got 'lin_fast'"):
+        as_arguments({"learning_rate": "lin_fast"})
 
 
 @pytest.mark.parametrize("written, read", [("true", {}), ("false", None), ("{norm_obs: false}", {"norm_obs": False})])

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-from copy import deepcopy
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +27,7 @@ from sb3_mbpo.benchmark.callbacks import Evaluation, PlainCheckpoints, StepsFile
 from sb3_mbpo.benchmark.provenance import commit, processor, versions
 from sb3_mbpo.benchmark.suite import Run, algorithm_class
 from sb3_mbpo.checkpoint import CheckpointCallback, checkpoints, load_checkpoint
+from sb3_mbpo.hyperparams import as_arguments
 
 #: Whatever a run normalises, its evaluation neither learns from what it sees nor touches the returns.
 EVALUATED = {"training": False, "norm_reward": False}
@@ -104,7 +104,7 @@ def _train(run: Run, folder: Path) -> None:
     saved = folder / "checkpoint"
     env = make_env(run, training=True)
     model = _load(run, env, saved) or algorithm_class(run.class_name)(
-        run.policy, env, seed=run.seed, device="cpu", **_usable(run.kwargs)
+        run.policy, env, seed=run.seed, device="cpu", **as_arguments(run.kwargs)
     )
     saving = (CheckpointCallback if isinstance(model, MBPO) else PlainCheckpoints)(run.eval_freq, saved)
     evaluation = Evaluation(
@@ -131,8 +131,3 @@ def _load(run: Run, env: VecEnv, folder: Path) -> OffPolicyAlgorithm | None:
     model.load_replay_buffer(found[-1] / "replay_buffer.pkl")
     model.set_random_seed(run.seed + model.num_timesteps)  # not the noise of the beginning once more
     return model
-
-
-def _usable(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """YAML has no tuples, and SB3 changes what it gets."""
-    return {name: tuple(value) if isinstance(value, list) else deepcopy(value) for name, value in kwargs.items()}

@@ -1,13 +1,15 @@
 """
-Settings per environment in the RL Zoo's format: ``mbpo.yml``, ours; ``mbpo_paper.yml``, those of the paper.
+Settings per environment in the RL Zoo's format: ``mbpo.yml``, ours; ``mbpo_paper.yml``, those of the paper; ``dhmbpo.yml``.
 
 The Zoo reads the files by itself; the benchmark and the examples call :func:`load_settings`.
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from stable_baselines3.common.utils import LinearSchedule
 
 FOLDER = Path(__file__).parent
 
@@ -22,7 +24,7 @@ class Settings(NamedTuple):
     env_kwargs: dict[str, Any]
     #: Keyword arguments of ``VecNormalize``; ``None``: no normalisation.
     normalize: dict[str, Any] | None
-    #: Keyword arguments of the algorithm.
+    #: Keyword arguments of the algorithm, as the file has them; see :func:`as_arguments`.
     kwargs: dict[str, Any]
 
 
@@ -61,6 +63,27 @@ def load_settings(env_id: str, name: str | Path = "mbpo") -> Settings:
     normalize = normalize_kwargs(kwargs.pop("normalize", False))
     n_timesteps, policy = int(kwargs.pop("n_timesteps")), kwargs.pop("policy")
     return Settings(n_timesteps, policy, kwargs.pop("n_envs", 1), kwargs.pop("env_kwargs", {}), normalize, kwargs)
+
+
+def as_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param kwargs: of a file, or of a suite
+    :return: a copy in words of Python: a list becomes a tuple, and "lin_3e-4", the Zoo's word for a learning rate that falls
+        to zero until the end of ``learn``, a schedule
+    :raises ValueError: when what follows "lin_" is no number
+    """
+    return {name: _as_argument(name, value) for name, value in kwargs.items()}
+
+
+def _as_argument(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    if not (isinstance(value, str) and value.startswith("lin_")):
+        return deepcopy(value)  # SB3 changes what it gets
+    try:
+        return LinearSchedule(float(value.removeprefix("lin_")), 0.0, 1.0)
+    except ValueError:
+        raise ValueError(f"Expected a number after 'lin_' in `{name}`, but got {value!r}.") from None
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
