@@ -33,9 +33,7 @@ def main() -> None:
     settings = load_settings("Hopper-v5", "mbpo_paper")
     changes = {"learning_starts": args.learning_starts, "gradient_steps": args.gradient_steps}
     kwargs = as_arguments(settings.kwargs) | {name: value for name, value in changes.items() if value is not None}
-    model = MBPO(
-        settings.policy, "Hopper-v5", tensorboard_log=str(args.out), verbose=1, seed=args.seed, **as_arguments(kwargs)
-    )
+    model = MBPO(settings.policy, "Hopper-v5", tensorboard_log=str(args.out), verbose=1, seed=args.seed, **kwargs)
     eval_env = Monitor(gym.make("Hopper-v5"))
     model.learn(args.steps, callback=EvalCallback(eval_env, eval_freq=1000, log_path=str(args.out)), progress_bar=True)
     mean, spread = evaluate_policy(model, eval_env, n_eval_episodes=10)

@@ -219,6 +219,9 @@ class DHMBPO(MBPO):
     ) -> SelfDHMBPO:
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "value_bounds"]
+
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
         return ([*state_dicts, "value_bounds"] if self.dynamics is not None else state_dicts), variables

@@ -76,7 +76,10 @@ class ValueBounds(nn.Module):
         :param soft_rewards: (batch,), rewards with their entropies
         :param gamma: discount factor
         """
-        if gamma == 1.0 or not len(soft_rewards):
+        if gamma == 1.0:
+            self.lowest.fill_(-th.inf)
+            self.highest.fill_(th.inf)
+        if gamma == 1.0 or not soft_rewards.any():  # without any reward yet there is no unit
             return
         low, high = th.quantile(soft_rewards, soft_rewards.new_tensor([0.01, 0.99])) / (1 - gamma)
         for bound, newest in ((self.lowest, low.clamp(max=0.0)), (self.highest, high.clamp(min=0.0))):
@@ -88,7 +91,7 @@ class ValueBounds(nn.Module):
         :return: the values that they stand for
         """
         distance = self.highest - self.lowest
-        return outputs * th.where(distance.isfinite(), distance, 1.0)
+        return outputs * th.where(distance.isfinite() & (distance > 0), distance, 1.0)
 
     def clamp(self, values: th.Tensor) -> th.Tensor:
         """:return: the values, held between the bounds"""
@@ -185,6 +188,8 @@ def double_horizon_updates(model: "DHMBPO", n_critic_updates: int, n_updates: in
         for step in range(n_critic_updates + n_updates):
             if model.states_due():
                 model.imagine()
+            if not len(model.imagined_buffer):
+                break  # the dynamics leads nowhere near the data: the next fit may
             model.policy.set_training_mode(True)
             if model.use_sde:
                 model.actor.reset_noise()

@@ -58,9 +58,10 @@ class Worker:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        before = self.current_phase()
         self.announce(name)
         yield
-        self.announce("step")
+        self.announce(before)
 
     def current_phase(self) -> str:
         return self.phase_file.read_text().strip()

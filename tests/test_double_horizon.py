@@ -245,11 +245,16 @@ def test_value_bounds_are_those_of_quantiles_and_move_slowly():
     bounds.update(th.linspace(-1.0, 3.0, 401), gamma=1.0)
     assert bounds.scale(th.tensor([2.5])) == 2.5
     assert (bounds.clamp(unbounded) == unbounded).all()  # without a discount, and before the first update
+    for nothing in (th.zeros(5), th.zeros(0)):
+        bounds.update(nothing, gamma=0.9)  # no unit yet
+    assert bounds.scale(th.tensor([2.5])) == 2.5 and (bounds.clamp(unbounded) == unbounded).all()
     bounds.update(th.linspace(-1.0, 3.0, 401), gamma=0.9)
     assert bounds.clamp(unbounded).tolist() == pytest.approx([-9.6, 29.6], rel=1e-4)
     assert bounds.scale(th.tensor([-0.5, 1.0])).tolist() == pytest.approx([-19.6, 39.2], rel=1e-4)
     bounds.update(th.linspace(1.0, 3.0, 401), gamma=0.9)  # 0 belongs to them: an ended task pays nothing
     assert bounds.clamp(unbounded).tolist() == pytest.approx([-9.6 * (1 - BOUNDS_RATE), 29.6 + BOUNDS_RATE * 0.2], rel=1e-4)
+    bounds.update(th.linspace(-1.0, 3.0, 401), gamma=1.0)
+    assert (bounds.clamp(unbounded) == unbounded).all()
 
 
 def test_an_update_leaves_the_dynamics_alone_and_moves_all_else():
@@ -334,7 +339,22 @@ def test_a_loaded_model_goes_on_from_the_first_real_states_that_it_sees(tmp_path
 
 
 def test_without_a_discount_it_learns_without_bounds():
-    assert make(steps=61, gamma=1.0).value_bounds.highest == th.inf
+    model = make(steps=61, gamma=1.0)
+    assert model.value_bounds.highest == th.inf and model._n_updates > 0
+    assert all((network[-1].weight != 0).all() for network in model.critic.q_networks)  # where they begin
+
+
+def test_a_dynamics_that_leads_nowhere_stops_the_updates_until_the_next_fit():
+    model = make(steps=61, dynamics_train_freq=20)
+    weights = copy.deepcopy(model.dynamics.state_dict())
+    model.imagined_buffer.clear()
+    model.dynamics.ensemble.biases[-1].data += 1e4
+    updates = model._n_updates
+    model.train(3)
+    assert model._n_updates == updates and len(model.imagined_buffer) == 0
+    model.dynamics.load_state_dict(weights)
+    model.train(3)
+    assert model._n_updates == updates + 3
 
 
 def test_its_defaults_fill_up_what_the_user_leaves_open(tmp_path):
@@ -380,7 +400,6 @@ def test_new_states_come_with_each_fit_and_every_so_many_updates(monkeypatch):
     model.train(0, 16)  # the critics alone
     assert not any((a == b).all() for a, b in zip(critics, model.critic.parameters(), strict=True))
     assert all((a == b).all() for a, b in zip(actor, model.actor.parameters(), strict=True))
-    model._critic_updates_due = 0
 
 
 def test_a_trained_model_can_be_copied_and_its_states_outlive_it(tmp_path):

@@ -141,8 +141,9 @@ def test_what_yaml_cannot_say_is_translated():
     assert [arguments["learning_rate"](remaining) for remaining in (1.0, 0.5, 0.0)] == [3e-4, 1.5e-4, 0.0]
     assert arguments["rollout_length"] == (1, 2, 1, 3) and arguments["ent_coef"] == "auto"
     assert arguments["dynamics_kwargs"] == {"n_elites": 2} and arguments["dynamics_kwargs"] is not written["dynamics_kwargs"]
-    with pytest.raises(ValueError, match=r"a number after 'lin_' in `learning_rate`, but got 'lin_fast'"):
-        as_arguments({"learning_rate": "lin_fast"})
+    for wrong in ("lin_fast", "lin_0", "lin_-1", "fast"):
+        with pytest.raises(ValueError, match=rf"a positive number, or 'lin_' and one, as `learning_rate`, but got '{wrong}'"):
+            as_arguments({"learning_rate": wrong})
 
 
 @pytest.mark.parametrize("written, read", [("true", {}), ("false", None), ("{norm_obs: false}", {"norm_obs": False})])

@@ -1,9 +1,11 @@
 """
-Settings per environment in the RL Zoo's format: ``mbpo.yml``, ours; ``mbpo_paper.yml``, those of the paper; ``dhmbpo.yml``.
+Settings per environment in the RL Zoo's format: ``mbpo.yml``, ours; ``mbpo_paper.yml``, those of the paper; ``dhmbpo.yml``,
+those of DHMBPO.
 
 The Zoo reads the files by itself; the benchmark and the examples call :func:`load_settings`.
 """
 
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,9 +70,9 @@ def load_settings(env_id: str, name: str | Path = "mbpo") -> Settings:
 def as_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     :param kwargs: of a file, or of a suite
-    :return: a copy in words of Python: a list becomes a tuple, and "lin_3e-4", the Zoo's word for a learning rate that falls
-        to zero until the end of ``learn``, a schedule
-    :raises ValueError: when what follows "lin_" is no number
+    :return: a copy in words of Python: a list becomes a tuple, and a learning rate "lin_3e-4", the Zoo's word for one that
+        falls to zero until the end of ``learn``, a schedule
+    :raises ValueError: when what follows "lin_" is no positive number
     """
     return {name: _as_argument(name, value) for name, value in kwargs.items()}
 
@@ -78,12 +80,12 @@ def as_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _as_argument(name: str, value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
-    if not (isinstance(value, str) and value.startswith("lin_")):
+    if name != "learning_rate" or not isinstance(value, str):
         return deepcopy(value)  # SB3 changes what it gets
-    try:
-        return LinearSchedule(float(value.removeprefix("lin_")), 0.0, 1.0)
-    except ValueError:
-        raise ValueError(f"Expected a number after 'lin_' in `{name}`, but got {value!r}.") from None
+    match = re.fullmatch(r"lin_(\d+\.?\d*(e-?\d+)?)", value)
+    if match is None or float(match[1]) == 0.0:
+        raise ValueError(f"Expected a positive number, or 'lin_' and one, as `learning_rate`, but got {value!r}.")
+    return LinearSchedule(float(match[1]), 0.0, 1.0)
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
