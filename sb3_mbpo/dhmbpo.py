@@ -185,11 +185,6 @@ class DHMBPO(MBPO):
         self._last_round_update = self._n_updates
         return rows
 
-    def optimizers(self) -> list[th.optim.Optimizer]:
-        """Of SAC's networks and its entropy coefficient."""
-        optimizers = [self.actor.optimizer, self.critic.optimizer]
-        return optimizers if self.ent_coef_optimizer is None else [*optimizers, self.ent_coef_optimizer]
-
     def draw_actions(self, observations: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         :param observations: (batch, obs_dim), raw

@@ -29,7 +29,7 @@ from torch import nn
 from sb3_mbpo.dynamics import Dynamics
 from sb3_mbpo.observations import normalize_rewards
 from sb3_mbpo.products import faster_layers
-from sb3_mbpo.update import checked_means, fuse, unchecked_distributions, update_ent_coef
+from sb3_mbpo.update import checked_means, prepare_optimizers, unchecked_distributions, update_ent_coef
 
 if TYPE_CHECKING:
     from sb3_mbpo.dhmbpo import DHMBPO
@@ -179,10 +179,7 @@ def double_horizon_updates(model: "DHMBPO", n_critic_updates: int, n_updates: in
     :raises ValueError: when a loss is NaN
     """
     assert model.dynamics is not None and model.imagined_buffer is not None
-    optimizers = model.optimizers()
-    model._update_learning_rate(optimizers)
-    for optimizer in optimizers:
-        fuse(optimizer)
+    prepare_optimizers(model)
     losses: dict[str, list[th.Tensor]] = {}
     with faster_layers(model.policy), unchecked_distributions(), frozen(model.dynamics), forgotten_draws(model):
         for step in range(n_critic_updates + n_updates):

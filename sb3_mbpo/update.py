@@ -26,11 +26,7 @@ def sac_updates(model: SAC, batches: Sequence[Any], policy_delay: int) -> dict[s
     :raises ValueError: when a loss is NaN
     """
     model.policy.set_training_mode(True)  # this affects batch norm and dropout
-    optimizers = [model.actor.optimizer, model.critic.optimizer]
-    optimizers += [] if model.ent_coef_optimizer is None else [model.ent_coef_optimizer]
-    model._update_learning_rate(optimizers)
-    for optimizer in optimizers:
-        fuse(optimizer)
+    prepare_optimizers(model)
     parameters, target_parameters = (
         [parameter.detach() for parameter in critic.parameters()] for critic in (model.critic, model.critic_target)
     )
@@ -101,6 +97,15 @@ def unchecked_distributions() -> Iterator[None]:
         yield
     finally:
         th.distributions.Distribution.set_default_validate_args(is_checked)
+
+
+def prepare_optimizers(model: SAC) -> None:
+    """For a call of ``train``: the learning rate of this moment, and one kernel for all parameters where that can be."""
+    optimizers = [model.actor.optimizer, model.critic.optimizer]
+    optimizers += [] if model.ent_coef_optimizer is None else [model.ent_coef_optimizer]
+    model._update_learning_rate(optimizers)
+    for optimizer in optimizers:
+        fuse(optimizer)
 
 
 def fuse(optimizer: th.optim.Optimizer) -> None:
