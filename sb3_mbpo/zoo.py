@@ -27,7 +27,7 @@ from sb3_mbpo.dhmbpo import DHMBPO
 from sb3_mbpo.hyperparams import settings_file
 from sb3_mbpo.mbpo import MBPO
 
-ALGORITHMS = {"mbpo": MBPO, "dhmbpo": DHMBPO}
+ALGORITHMS: dict[str, type[MBPO]] = {"mbpo": MBPO, "dhmbpo": DHMBPO}
 
 
 def sample_mbpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
