@@ -135,16 +135,16 @@ class DHMBPO(MBPO):
                 "DHMBPO learns through the gradient of the reward, but `reward_fn` is not marked as one for torch. Write it "
                 "with torch's functions and decorate it with `sb3_mbpo.takes_tensors`, or leave it out and have it learned."
             )
-        if (self.policy_kwargs or {}).get("share_features_extractor"):
-            raise ValueError(
-                "With `share_features_extractor` no gradient passes from the critics to the observations, which DHMBPO learns "
-                "through: leave it at False."
-            )
 
     def _setup_model(self) -> None:
         self.value_bounds = ValueBounds()
         super()._setup_model()
         self.value_bounds.to(self.device)
+        if self.dynamics is not None and self.policy.share_features_extractor:
+            raise ValueError(
+                "With `share_features_extractor` no gradient passes from the critics to the observations, which DHMBPO learns "
+                "through: leave it at False."
+            )
 
     def fit_dynamics(self) -> FitResult:
         """MBPO's. The states that the old dynamics imagined are dropped."""

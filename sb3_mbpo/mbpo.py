@@ -163,8 +163,8 @@ class MBPO(ResumableSAC):
             if space is None or (isinstance(space, spaces.Box) and space.is_bounded()):
                 raise
             raise UnsupportedActionSpaceError(
-                f"MBPO needs a Box action space with finite bounds, but the environment has {space}. Bound it, for example "
-                "with `gymnasium.wrappers.RescaleAction`; for discrete actions use an algorithm such as DQN."
+                f"{type(self).__name__} needs a Box action space with finite bounds, but the environment has {space}. Bound "
+                "it, for example with `gymnasium.wrappers.RescaleAction`; for discrete actions use an algorithm such as DQN."
             ) from error
 
     def _check_parameters(self) -> None:

@@ -105,7 +105,7 @@ class ResumableSAC(SAC):
                 raise
             raise ValueError(
                 f"The file does not hold what {cls.__name__} needs. {error.__context__} If SAC saved it, load it with "
-                f"`SAC.load`; to go on from its policy, make a new {cls.__name__} and call "
+                f"`SAC.load`; to go on from its policy, make a new {cls.__name__} with the same networks and call "
                 "`model.set_parameters(sac.get_parameters(), exact_match=False)`. Arguments that change the networks or "
                 "their optimizers cannot be changed on loading."
             ) from error

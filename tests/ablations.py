@@ -36,8 +36,8 @@ class RenewedOptimizers(DHMBPO):
 
 class WithoutModelGradient(DHMBPO):
     """
-    Value expansion only: the targets come from H imagined steps, but no gradient passes through the dynamics. The actor follows
-    the critics' gradient at the last state, as SAC does, and its entropy at all of them.
+    Value expansion only: the targets come from H imagined steps, but no gradient passes through the dynamics. The actor
+    follows the critics' gradient at the last state, as SAC does, and its entropy at all of them.
     """
 
     def _setup_dynamics(self) -> None:
@@ -51,7 +51,7 @@ class DetachedDynamics(Dynamics):
 
 
 class EndsAtDisagreement(DHMBPO):
-    """Long rollouts end, without that step, where the members disagree ``LIMIT`` times as much as on the last fit's holdout."""
+    """Long rollouts end, without that step, where the members disagree ``LIMIT`` times as much as on the holdout."""
 
     LIMIT = 3.0
 

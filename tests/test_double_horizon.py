@@ -10,6 +10,7 @@ from conftest import ACTIVE, LineEnv
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_mbpo import DHMBPO, takes_tensors
 from sb3_mbpo.double_horizon import BOUNDS_RATE, ImaginedPath, ValueBounds, double_horizon_update, imagine_path, soft_return
@@ -376,11 +377,19 @@ def test_a_fit_without_new_states_is_made_again(monkeypatch):
     assert fits == [46] and len(model.imagined_buffer) > 0
 
 
+class SharingPolicy(SACPolicy):
+    """It shares its extractor without being asked to."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **{**kwargs, "share_features_extractor": True})
+
+
 def test_what_no_gradient_can_pass_is_refused():
     with pytest.raises(ValueError, match=r"`reward_fn` is not marked as one for torch.*takes_tensors"):
         make(reward_fn=lambda obs, action, next_obs: -np.abs(next_obs[:, 0]))
-    with pytest.raises(ValueError, match=r"With `share_features_extractor` no gradient passes"):
-        make(policy_kwargs=dict(share_features_extractor=True))
+    for policy, policy_kwargs in [("MlpPolicy", dict(share_features_extractor=True)), (SharingPolicy, {})]:
+        with pytest.raises(ValueError, match=r"With `share_features_extractor` no gradient passes"):
+            make(policy=policy, policy_kwargs=policy_kwargs)
     with pytest.raises(ValueError, match="gradient_horizon"):
         make(gradient_horizon=0)
 
