@@ -75,6 +75,19 @@ def test_a_run_leaves_its_evaluations_its_model_and_what_repeats_it(tmp_path, cl
     assert model.num_timesteps == 300
 
 
+def test_an_environment_of_ones_own_comes_with_its_module(tmp_path, monkeypatch):
+    pendulum = "'gymnasium.envs.classic_control:PendulumEnv'"
+    (tmp_path / "lab.py").write_text(f"import gymnasium\ngymnasium.register('Mine-v0', {pendulum}, max_episode_steps=200)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "suite.yml"
+    algorithms = {"SAC": {"class": "stable_baselines3.SAC"}}
+    path.write_text(yaml.safe_dump({"seeds": [0], "environments": {"lab:Mine-v0": {"steps": 200}}, "algorithms": algorithms}))
+    (run,) = load_suite(path)
+    train(run, tmp_path)
+    assert rows(run, tmp_path).steps.tolist() == [200] and (tmp_path / "lab_Mine-v0" / "SAC" / "seed_0").is_dir()
+    assert "## lab:Mine-v0" in write_report(tmp_path).read_text()
+
+
 def test_an_evaluation_is_the_mean_return_of_the_deterministic_policy(tmp_path):
     """Counted by hand, in an environment with the same seed."""
     run = make_run("stable_baselines3.SAC", steps=100, normalize={"norm_reward": True})
@@ -257,6 +270,7 @@ def test_a_run_that_fails_or_dies_harms_no_other(tmp_path):
     printed = (tmp_path / "console").read_text()
     assert f"{killed} failed: BrokenProcessPool" in printed and f"{wrong} failed: ValueError" in printed
     assert f"{right}: " in printed and "after 300 steps" in printed
+    assert "in _train" in (tmp_path / wrong.folder / "log.txt").read_text()  # where it failed
 
     first, *_ = rows(killed, tmp_path).seconds
     with local_processes(1) as submit, open(tmp_path / "console", "w") as file:

@@ -58,7 +58,7 @@ def _die_with_the_command() -> None:
 @contextmanager
 def ray_cluster(address: str | None) -> Iterator[Submit]:
     """
-    One core for each run; a run whose worker or machine dies goes on elsewhere from its checkpoint.
+    One core for each run; a run whose worker or machine dies goes on elsewhere from its checkpoint, ten times at most.
 
     :param address: of a cluster, such as ``"auto"``; ``None``: one on this machine
     :raises ValueError: when Ray is not installed
@@ -68,7 +68,7 @@ def ray_cluster(address: str | None) -> Iterator[Submit]:
     except ImportError as error:
         raise ValueError('The backend "ray" needs Ray: `pip install "sb3_mbpo[ray]"`.') from error
     ray.init(address=address, log_to_driver=False)
-    remote_train = ray.remote(num_cpus=1, max_retries=-1)(train)
+    remote_train = ray.remote(num_cpus=1, max_retries=10)(train)
     try:
         yield lambda run, results: remote_train.remote(run, results).future()
     finally:

@@ -10,7 +10,8 @@ Suites: YAML files that say what to run, algorithms by environments by seeds::
       MBPO: {class: sb3_mbpo.MBPO, settings: mbpo}
       SAC: {class: stable_baselines3.SAC}
 
-An environment may have its own ``eval_freq`` and ``eval_episodes``; ``env_kwargs`` for ``gymnasium.make`` are those of
+An environment of yours is written as Gymnasium does, ``my_package:MyEnv-v0``: the module registers it when it is imported. An
+environment may have its own ``eval_freq`` and ``eval_episodes``; ``env_kwargs`` for ``gymnasium.make`` are those of
 ``hyperparams/mbpo.yml`` unless it says otherwise. ``scores`` are the returns that count as 0 and 1 in a report.
 
 An algorithm's ``settings`` are a file in ``hyperparams`` or one of yours. An algorithm other than MBPO takes from it what it
@@ -46,7 +47,7 @@ class Run:
     """
     One algorithm on one environment with one seed.
 
-    :param environment: id of Gymnasium
+    :param environment: id of Gymnasium, perhaps with the module that registers it
     :param algorithm: its name in the suite
     :param seed: of the algorithm and its environments
     :param steps: environment steps
@@ -78,7 +79,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """Below the folder of the results."""
-        return Path(self.environment.replace("/", "_"), _slug(self.algorithm), f"seed_{self.seed}")
+        return Path(re.sub(r"[/:]", "_", self.environment), _slug(self.algorithm), f"seed_{self.seed}")
 
     def __str__(self) -> str:
         return f"{self.environment}, {self.algorithm}, seed {self.seed}"
@@ -131,8 +132,7 @@ def _make_run(
 ) -> Run:
     _check_keys(environment, of_environment, IN_ENVIRONMENT, {"steps"})
     _check_keys(algorithm, of_algorithm, IN_ALGORITHM, {"class"})
-    if environment not in gym.registry:
-        raise ValueError(f"Gymnasium knows no environment {environment!r}.")
+    env_id = _registered(environment)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"Expected seeds that are ints from 0 on, but got {seed!r}.")
     for name, found in (("env_kwargs", of_environment.get("env_kwargs", {})), ("kwargs", of_algorithm.get("kwargs", {}))):
@@ -142,10 +142,10 @@ def _make_run(
     if scores is not None:
         check_scores(environment, scores)
     common = {**COMMON, **suite, **of_environment}
-    usual = load_settings(environment)
+    usual = load_settings(env_id)
     settings = Settings(usual.n_timesteps, "MlpPolicy", 1, {}, None, {})
     if "settings" in of_algorithm:
-        settings = load_settings(environment, of_algorithm["settings"])
+        settings = load_settings(env_id, of_algorithm["settings"])
     steps = check_positive("steps", of_environment["steps"])
     return Run(
         environment=environment,
@@ -163,6 +163,22 @@ def _make_run(
         normalize=normalize_kwargs(of_algorithm["normalize"]) if "normalize" in of_algorithm else settings.normalize,
         scores=scores,
     )
+
+
+def _registered(environment: str) -> str:
+    """:return: its id, without the module, which is imported"""
+    module, _, env_id = environment.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"The module of {environment!r} cannot be imported: {error}.") from error
+    if env_id not in gym.registry:
+        raise ValueError(
+            f"Gymnasium knows no environment {environment!r}. Write one of yours as 'my_package:MyEnv-v0', where importing "
+            "the module registers it."
+        )
+    return env_id
 
 
 def _keyword_arguments(of_algorithm: Mapping[str, Any], settings: Settings) -> dict[str, Any]:

@@ -4,13 +4,14 @@ One run of a suite, from its start or from where it was stopped, to its end. Its
 - ``run.json``: the run, the versions, the commit and the machine,
 - ``evaluations.csv``: a row for each evaluation,
 - ``checkpoint``: while it is under way, and ``model.zip`` when it has ended,
-- ``steps.txt``: the environment steps so far, for whoever watches, and ``log.txt``: what it printed.
+- ``steps.txt``: the environment steps so far, for whoever watches, and ``log.txt``: what it printed, and where it failed.
 """
 
 import contextlib
 import json
 import os
 import shutil
+import traceback
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -46,9 +47,13 @@ def train(run: Run, results: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     log = (folder / "log.txt").open("a", buffering=1)
     with FileLock(folder / "lock"), log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        _claim(run, folder)
-        if not is_finished(run, results):
-            _train(run, folder)
+        try:
+            _claim(run, folder)
+            if not is_finished(run, results):
+                _train(run, folder)
+        except Exception:
+            traceback.print_exc()
+            raise
 
 
 def is_finished(run: Run, results: Path) -> bool:
