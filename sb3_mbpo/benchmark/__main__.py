@@ -24,7 +24,7 @@ def main() -> None:
     speed.set_defaults(command=_speed)
 
     run = commands.add_parser("run", help="train all runs of a suite, or go on where it was stopped")
-    run.add_argument("suite", help="quick, mujoco, or a YAML file")
+    run.add_argument("suite", help="quick, laptop, mujoco, or a YAML file")
     run.add_argument("--out", type=Path, help="folder of the results (default: results/SUITE)")
     run.add_argument("--backend", choices=("local", "ray"), default="local", help="(default: %(default)s)")
     run.add_argument("--jobs", type=int, default=os.cpu_count(), help="local: runs at a time (default: %(default)s)")
