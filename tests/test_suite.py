@@ -147,5 +147,5 @@ def test_what_nobody_understands_is_refused(tmp_path, changes, message):
 
 
 def test_an_unknown_suite_is_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match=r"no suite 'slow': pass one of \['mujoco', 'quick'\]"):
+    with pytest.raises(ValueError, match=r"no suite 'slow': pass one of \['laptop', 'mujoco', 'quick'\]"):
         load_suite("slow")
