@@ -192,7 +192,7 @@ class Dynamics(nn.Module):
         self.input_scaler.fit(th.cat((data.observations, data.actions), dim=-1))
         if self.config.normalize_targets:
             self.target_scaler.fit(self._raw_targets(data))
-        margin = MAX_STDS_FROM_DATA * self.input_scaler.std[: data.observations.shape[-1]]
+        margin = MAX_STDS_FROM_DATA * self.input_scaler.divisor[: data.observations.shape[-1]]
         self.lowest.copy_(th.minimum(data.observations, data.next_observations).amin(dim=0) - margin)
         self.highest.copy_(th.maximum(data.observations, data.next_observations).amax(dim=0) + margin)
 
@@ -211,7 +211,7 @@ class Dynamics(nn.Module):
     def termination_inputs(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
         """:return: (batch, 2 * obs_dim + action_dim), scaled, what the termination head sees"""
         obs_dim = observations.shape[-1]
-        scaled_next = (next_observations - self.input_scaler.mean[:obs_dim]) / self.input_scaler.std[:obs_dim]
+        scaled_next = (next_observations - self.input_scaler.mean[:obs_dim]) / self.input_scaler.divisor[:obs_dim]
         return th.cat((self.scaled_inputs(observations, actions), scaled_next), dim=-1)
 
     def predict(self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor | None = None) -> GaussianPrediction:

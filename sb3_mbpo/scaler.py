@@ -9,7 +9,8 @@ class Standardizer(nn.Module):
     Scales each dimension to zero mean and unit variance. Until it is fitted it changes nothing.
 
     :param dim: number of dimensions
-    :param min_std: a dimension whose standard deviation lies below counts as constant: it is centred, not scaled
+    :param min_std: a dimension whose standard deviation lies below counts as constant, with a ``std`` of 0: ``scale`` only
+        centres it, and whatever is unscaled becomes its mean
     """
 
     mean: th.Tensor
@@ -26,11 +27,16 @@ class Standardizer(nn.Module):
         values = values.double()  # float32 sums lose small variances around large means
         std = values.std(dim=0, correction=0)
         self.mean.copy_(values.mean(dim=0))
-        self.std.copy_(th.where(std < self.min_std, 1.0, std))
+        self.std.copy_(th.where(std < self.min_std, 0.0, std))
+
+    @property
+    def divisor(self) -> th.Tensor:
+        """(dim,), what ``scale`` divides by: the standard deviation, and 1 where a dimension is constant"""
+        return th.where(self.std > 0.0, self.std, 1.0)
 
     def scale(self, values: th.Tensor) -> th.Tensor:
         """:param values: (..., dim), raw"""
-        return (values - self.mean) / self.std
+        return (values - self.mean) / self.divisor
 
     def unscale(self, values: th.Tensor) -> th.Tensor:
         """:param values: (..., dim), scaled"""

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 import torch as th
-from conftest import make_dynamics
+from conftest import linear_gaussian, make_dynamics
 from gymnasium import spaces
 
 from sb3_mbpo import takes_tensors
@@ -39,6 +39,20 @@ def test_a_step_has_the_distribution_of_the_members_gaussian(dynamics, generator
         covariance = (z.T @ z / n_draws) - th.eye(3)
         assert covariance.abs().max() < 0.06  # independent dimensions
         assert z.abs().max() > 3 and (z**4).mean().item() == pytest.approx(3, rel=0.1)  # Gaussian tails
+
+
+def test_what_was_constant_in_the_data_stays_as_it_is(dynamics, generator):
+    """
+    Not even a little noise: VecNormalize divides by the standard deviation of the real observations, which is next to nothing
+    there, and would show the policy noise at the clipping bounds.
+    """
+    data = linear_gaussian(500, generator)[0]
+    observations, next_observations = data.observations.clone(), data.next_observations.clone()
+    observations[:, 1] = next_observations[:, 1] = 0.7
+    dynamics.fit_scalers(data._replace(observations=observations, next_observations=next_observations))
+    step = dynamics.step(observations, data.actions, th.arange(500) % 3, generator)
+    assert (step.next_observations[:, 1] == observations[:, 1]).all()
+    assert ((step.next_observations - observations)[:, 0] != 0).all() and step.rewards.std() > 0
 
 
 def test_members_differ_and_all_of_them_can_be_asked(dynamics, generator):

@@ -212,8 +212,9 @@ def test_standardizer_against_numpy_and_with_a_constant_dimension(generator):
     scaled = scaler.scale(values)
     assert scaled.numpy().mean(axis=0) == pytest.approx([0, 0, 0], abs=1e-3)
     assert scaled.numpy().std(axis=0) == pytest.approx([1, 0, 1], abs=1e-3)
-    assert scaler.std[1] == 1.0
+    assert scaler.std[1] == 0.0 and scaler.scale(th.full((1, 3), 7.5))[0, 1] == 0.5  # centred, not scaled
     th.testing.assert_close(scaler.unscale(scaled), values)
+    assert (scaler.unscale(scaled + 1.0)[:, 1] == 7.0).all()  # whatever was predicted
 
 
 def test_termination_head_says_never_before_its_first_fit(generator):
