@@ -75,6 +75,6 @@ class CautiousDynamics(Dynamics):
         step = super().step(observations, actions, members, generator)
         if self.most_disagreement == th.inf:
             return step
-        disagreement = (self.predict(observations, actions).disagreement() / self.target_scaler.std).mean(dim=-1)
+        disagreement = (self.predict(observations, actions).disagreement() / self.target_scaler.divisor).mean(dim=-1)
         too_much = (disagreement > self.most_disagreement).unsqueeze(-1)
         return step._replace(next_observations=step.next_observations.masked_fill(too_much, FAR_AWAY))

@@ -188,6 +188,21 @@ def test_the_fit_ends_with_the_weights_of_lowest_error(generator, monkeypatch, m
         assert scaled.square().mean().item() == pytest.approx(result.holdout_mse[member], rel=1e-3)
 
 
+def test_a_few_collisions_do_not_drown_everything_in_noise(generator):
+    """Twenty of 2000 transitions are thrown far away. For the others the noise is still small: it is 0.01, theirs is 20."""
+    data, clean = linear_gaussian(2000, generator)
+    outcomes = clean + 0.01 * th.randn(2000, 3, generator=generator)
+    data = data._replace(next_observations=outcomes[:, :2], rewards=outcomes[:, 2])
+    dynamics = make_dynamics(generator, net_arch=[64, 64, 64], max_gradient_steps=(500, 250))
+    optimizer = make_optimizer(dynamics)
+    fit_ensemble(dynamics, optimizer, data, generator, is_first=True)
+    hits = data.observations[:, 0].argsort(descending=True)[:20]
+    data.next_observations[hits] += 20 * th.randn(20, 2, generator=generator)
+    for _ in range(2):
+        fit_ensemble(dynamics, optimizer, data, generator, is_first=False)
+    assert dynamics.predict(data.observations, data.actions).std[..., :2].median(dim=1).values.mean() < 0.3
+
+
 def test_counted_steps_end_by_their_number_alone(generator):
     dynamics = make_dynamics(generator, patience=0, improvement=0.99, max_gradient_steps=20)
     result = fit_ensemble(dynamics, make_optimizer(dynamics), linear_gaussian(100, generator)[0], generator, is_first=True)
