@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    env = VecNormalize(make_vec_env(Rocket, seed=args.seed))
+    env = VecNormalize(make_vec_env(Rocket, seed=args.seed), norm_reward=False)
     model = MBPO(
         "MlpPolicy",
         env,

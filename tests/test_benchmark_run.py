@@ -83,6 +83,7 @@ def test_an_environment_of_ones_own_comes_with_its_module(tmp_path, monkeypatch)
     algorithms = {"SAC": {"class": "stable_baselines3.SAC"}}
     path.write_text(yaml.safe_dump({"seeds": [0], "environments": {"lab:Mine-v0": {"steps": 200}}, "algorithms": algorithms}))
     (run,) = load_suite(path)
+    del gym.registry["Mine-v0"], sys.modules["lab"]  # a run has a process of its own
     train(run, tmp_path)
     assert rows(run, tmp_path).steps.tolist() == [200] and (tmp_path / "lab_Mine-v0" / "SAC" / "seed_0").is_dir()
     assert "## lab:Mine-v0" in write_report(tmp_path).read_text()

@@ -73,7 +73,9 @@ def test_sac_with_the_settings_of_mbpo_gets_what_it_knows_and_the_updates(tmp_pa
     run = load_suite(write(tmp_path, algorithms={"SAC": algorithm}))[0]
     ratio = inspect.signature(MBPO).parameters["gradient_steps"].default
     expected = {"learning_starts": 77, "gradient_steps": ratio, "target_entropy": -0.5, "tau": 0.1, "buffer_size": 400}
-    assert run.kwargs == expected
+    assert run.kwargs == expected and run.normalize is None
+    shipped = load_suite(write(tmp_path, algorithms={"SAC": {"class": "stable_baselines3.SAC", "settings": "mbpo"}}))[0]
+    assert shipped.normalize == load_settings("Pendulum-v1", "mbpo").normalize == {"norm_reward": False}
 
 
 def test_arguments_of_the_suite_replace_those_of_the_settings(tmp_path):

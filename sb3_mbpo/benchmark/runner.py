@@ -58,7 +58,8 @@ def _die_with_the_command() -> None:
 @contextmanager
 def ray_cluster(address: str | None) -> Iterator[Submit]:
     """
-    One core for each run; a run whose worker or machine dies goes on elsewhere from its checkpoint, ten times at most.
+    One core for each run; a run whose worker or machine dies goes on elsewhere from its checkpoint, ten times at most
+    (Ray counts those that ran out of memory apart).
 
     :param address: of a cluster, such as ``"auto"``; ``None``: one on this machine
     :raises ValueError: when Ray is not installed

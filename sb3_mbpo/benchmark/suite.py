@@ -5,7 +5,7 @@ Suites: YAML files that say what to run, algorithms by environments by seeds::
     eval_episodes: 10
     seeds: [0, 1, 2]
     environments:
-      Pendulum-v1: {steps: 3000, scores: [-1400, -150]}
+      Pendulum-v1: {steps: 3000, scores: [-1246, -150]}
     algorithms:
       MBPO: {class: sb3_mbpo.MBPO, settings: mbpo}
       SAC: {class: stable_baselines3.SAC}
@@ -15,8 +15,9 @@ environment may have its own ``eval_freq`` and ``eval_episodes``; ``env_kwargs``
 ``hyperparams/mbpo.yml`` unless it says otherwise. ``scores`` are the returns that count as 0 and 1 in a report.
 
 An algorithm's ``settings`` are a file in ``hyperparams`` or one of yours. An algorithm other than MBPO takes from it what it
-knows (the warm-up, the updates per step, the target entropy), and MBPO's defaults for the first two: so SAC runs at MBPO's
-ratio of updates to steps. ``kwargs`` go on top, ``normalize`` and ``n_envs`` replace those of the settings.
+knows (the warm-up, the updates per step, the target entropy, what is normalised), and MBPO's defaults for the first two: so SAC
+runs at MBPO's ratio of updates to steps, and nothing but the model is missing. ``kwargs`` go on top, ``normalize`` and
+``n_envs`` replace those of the settings.
 """
 
 import importlib
@@ -167,11 +168,11 @@ def _make_run(
 
 def _registered(environment: str) -> str:
     """:return: its id, without the module, which is imported"""
-    module, _, env_id = environment.rpartition(":")
+    module, _, env_id = str(environment).rpartition(":")
     try:
         if module:
             importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, TypeError) as error:
         raise ValueError(f"The module of {environment!r} cannot be imported: {error}.") from error
     if env_id not in gym.registry:
         raise ValueError(
