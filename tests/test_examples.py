@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -34,18 +33,6 @@ def test_hopper(tmp_path):
 def test_custom_env(tmp_path):
     printed = run("custom_env.py", "--steps", "130", "--learning-starts", "100", cwd=tmp_path)
     assert "after 130 steps" in printed and "Holdout error" in printed
-
-
-def test_compare_with_sac(tmp_path):
-    arguments = ["Pendulum-v1", "520", "--seeds", "3", "4", "--eval-every", "260", "--eval-episodes", "1", "--jobs", "2"]
-    printed = run("compare_with_sac.py", *arguments, cwd=tmp_path)
-    assert "SAC, updates of MBPO" in printed
-    table = pd.read_csv(tmp_path / "comparison/Pendulum-v1.csv")
-    assert len(table) == 3 * 2 * 2 and set(table.seed) == {3, 4} and set(table.steps) == {260, 520}
-    updates = table.groupby("algorithm").updates.first()
-    assert updates["MBPO"] == updates["SAC, updates of MBPO"] == 200  # 10 in each of the 20 steps after the warm-up
-    assert updates["SAC"] == 420  # SB3's defaults: one in each step after the first 100
-    assert (tmp_path / "comparison/Pendulum-v1.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))

@@ -9,11 +9,12 @@ import pytest
 from test_mbpo import LOGGED, LOGGED_BY_DHMBPO
 
 from sb3_mbpo import DHMBPO, MBPO
+from sb3_mbpo.benchmark.results import load_results
 from sb3_mbpo.benchmark.suite import load_suite
 from sb3_mbpo.dynamics import DynamicsConfig
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 
@@ -55,6 +56,26 @@ def test_every_parameter_is_listed_with_its_default():
     for field in fields(DynamicsConfig):
         expected = field.default.__name__ if field.name == "activation_fn" else str(field.default)
         assert listed[field.name] == expected, field.name
+
+
+def test_the_results_are_what_the_runs_have_written():
+    """Mean and standard deviation of the last evaluations, of all runs that have come to their end."""
+    table = README[README.index("| task, environment steps |") :].split("\n\n")[0]
+    table = table.replace(",", "").replace("\N{MINUS SIGN}", "-")
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    shown = {
+        (row[0].split()[0], algorithm): (int(row[0].split()[1]), cell)
+        for row in rows
+        for algorithm, cell in zip(header[1:], row[1:], strict=True)
+        if cell
+    }
+    ends = load_results(ROOT / ".results").groupby(["environment", "algorithm", "seed"]).last()
+    for name, of_seeds in ends.groupby(["environment", "algorithm"]):
+        returns = of_seeds["return_mean"]
+        steps, cell = shown.pop((name[0], name[1].replace(",", "")))
+        assert of_seeds.index.get_level_values("seed").tolist() == [0, 1, 2] and set(of_seeds["steps"]) == {steps}
+        assert cell == f"{returns.mean():.0f} \N{PLUS-MINUS SIGN} {returns.std():.0f}"
+    assert not shown
 
 
 def test_every_logged_key_is_in_the_glossary():
