@@ -15,8 +15,8 @@ environment may have its own ``eval_freq`` and ``eval_episodes``; ``env_kwargs``
 ``hyperparams/mbpo.yml`` unless it says otherwise. ``scores`` are the returns that count as 0 and 1 in a report.
 
 An algorithm's ``settings`` are a file in ``hyperparams`` or one of yours. An algorithm other than MBPO takes from it what it
-knows (the warm-up, the updates per step, the target entropy, what is normalised), and MBPO's defaults for the first two: so SAC
-runs at MBPO's ratio of updates to steps, and nothing but the model is missing. ``kwargs`` go on top, ``normalize`` and
+knows (the warm-up, the updates per step, the target entropy, what is normalised), and MBPO's defaults for the first two: so
+SAC runs at MBPO's ratio of updates to steps, and nothing but the model is missing. ``kwargs`` go on top, ``normalize`` and
 ``n_envs`` replace those of the settings.
 """
 
