@@ -210,8 +210,7 @@ class Dynamics(nn.Module):
 
     def termination_inputs(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
         """:return: (batch, 2 * obs_dim + action_dim), scaled, what the termination head sees"""
-        obs_dim = observations.shape[-1]
-        scaled_next = (next_observations - self.input_scaler.mean[:obs_dim]) / self.input_scaler.divisor[:obs_dim]
+        scaled_next = self.scaled_inputs(next_observations, actions)[..., : next_observations.shape[-1]]
         return th.cat((self.scaled_inputs(observations, actions), scaled_next), dim=-1)
 
     def predict(self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor | None = None) -> GaussianPrediction:

@@ -121,6 +121,8 @@ def test_algorithms_are_found_by_module_and_class():
         ({"environments": {"Pendulum-v1": 400}}, "it has 400"),
         ({"environments": {"Pendulum-v99": {"steps": 1}}}, "knows no environment 'Pendulum-v99'"),
         ({"environments": {"no_such_module:My-v0": {"steps": 1}}}, "'no_such_module:My-v0' cannot be imported: No module"),
+        ({"environments": {".relative:My-v0": {"steps": 1}}}, "'.relative:My-v0' cannot be imported: "),
+        ({"environments": {5: {"steps": 1}}}, "knows no environment 5. Write one of yours"),
         ({"environments": {"json:My-v0": {"steps": 1}}}, "knows no environment 'json:My-v0'. Write one of yours"),
         ({"environments": {"Pendulum-v1": {"steps": 0}}}, "`steps` must be an int of at least 1, but got 0"),
         ({"algorithms": {"SAC": {}}}, r"SAC needs \['class'\]"),
