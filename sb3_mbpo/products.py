@@ -1,17 +1,31 @@
-"""Matrix products of float32 on the CPU by oneDNN, which PyTorch brings along but uses for convolutions only."""
+"""Matrix products of float32, on AMD's CPUs by oneDNN, which PyTorch brings along but uses for convolutions only."""
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-#: What ``torch.compile`` uses. Its kernels are made for the processor at hand; MKL, PyTorch's own choice, runs at half their
-#: speed on AMD's (measured: README, "Speed"). Where PyTorch was built without it, nothing is lost but speed.
-ONEDNN = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.backends.mkldnn.is_available() else None
+
+def faster_than_mkl(processor: str) -> Any:
+    """
+    PyTorch multiplies by MKL, which uses half of AMD's processors; oneDNN makes its kernels for the processor at hand. On
+    Intel's, MKL is the faster one (measured: README, "Speed").
+
+    :param processor: what the system says of it
+    :return: oneDNN's product, as ``torch.compile`` uses it; ``None`` where PyTorch's own is faster, or the only one
+    """
+    has_onednn = th.backends.mkldnn.is_available()
+    return getattr(th.ops.mkldnn, "_linear_pointwise", None) if has_onednn and "AuthenticAMD" in processor else None
+
+
+_CPUINFO = Path("/proc/cpuinfo")
+ONEDNN = faster_than_mkl(_CPUINFO.read_text() if _CPUINFO.exists() else platform.processor())
 #: In narrower matrices, preparing oneDNN's kernel costs more than it gains.
 MIN_WIDTH = 16
 
@@ -35,7 +49,7 @@ def linear(inputs: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None, 
     :return: (batch, fan_out)
     """
     if uses_onednn(inputs, weight, bias):
-        product: th.Tensor = ONEDNN(inputs, weight, bias, "relu" if relu else "none", [], "")  # type: ignore[misc]
+        product: th.Tensor = ONEDNN(inputs, weight, bias, "relu" if relu else "none", [], "")
         return product
     product = F.linear(inputs, weight, bias)
     return product.relu_() if relu else product
@@ -63,11 +77,12 @@ class _Linear(th.autograd.Function):
 @contextmanager
 def faster_layers(module: nn.Module) -> Iterator[None]:
     """
-    While this lasts, the linear layers of a module multiply by :func:`linear`, forwards and backwards.
+    While this lasts, the linear layers of a module multiply by oneDNN, forwards and backwards, where that is faster.
 
     :param module: its ``nn.Linear`` layers are meant, not their subclasses
     """
-    layers = [layer for layer in module.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
+    plain = [layer for layer in module.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
+    layers = [] if ONEDNN is None else plain
     for layer in layers:
         layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
     try:

@@ -4,11 +4,25 @@ import pytest
 import torch as th
 
 from sb3_mbpo import products
-from sb3_mbpo.products import MIN_WIDTH, faster_layers, linear, uses_onednn
+from sb3_mbpo.products import MIN_WIDTH, faster_layers, faster_than_mkl, linear, uses_onednn
 
-needs_onednn = pytest.mark.skipif(
-    not (th.backends.mkldnn.is_available() and hasattr(th.ops.mkldnn, "_linear_pointwise")), reason="built without oneDNN"
-)
+
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch):
+    """oneDNN's product, in use here whatever the processor."""
+    product = faster_than_mkl("vendor_id : AuthenticAMD")
+    monkeypatch.setattr(products, "ONEDNN", product)
+    return product
+
+
+needs_onednn = pytest.mark.skipif(faster_than_mkl("AuthenticAMD") is None, reason="PyTorch was built without oneDNN")
+
+
+@needs_onednn
+def test_only_amds_processors_multiply_by_onednn():
+    assert faster_than_mkl("AMD64 Family 25 Model 1 Stepping 1, AuthenticAMD") is th.ops.mkldnn._linear_pointwise
+    for other in ("vendor_id\t: GenuineIntel\nmodel name\t: Intel(R) Xeon(R) Processor", "arm", ""):
+        assert faster_than_mkl(other) is None
 
 
 def matrix(rows: int, columns: int, layout: str, generator: th.Generator) -> th.Tensor:
@@ -90,10 +104,10 @@ def test_parameters_go_to_onednn_only_where_nothing_is_recorded(generator):
 
 
 @pytest.mark.parametrize("relu", [False, True])
-def test_pytorch_without_onednn_gives_the_same(relu, generator, monkeypatch):
+def test_pytorchs_own_product_gives_the_same(relu, generator, monkeypatch):
     inputs, weight = matrix(32, 24, "transposed", generator), matrix(40, 24, "transposed", generator)
     bias = th.randn(40, generator=generator)
-    monkeypatch.setattr("sb3_mbpo.products.ONEDNN", None)
+    monkeypatch.setattr(products, "ONEDNN", None)
     assert not uses_onednn(inputs, weight)
     got = linear(inputs, weight, bias, relu)
     th.testing.assert_close(got.double(), reference(inputs, weight, bias, relu), rtol=1e-5, atol=1e-5)
@@ -125,9 +139,8 @@ def test_faster_layers_change_no_output_and_no_gradient(generator):
 
 
 @needs_onednn
-def test_faster_layers_multiply_by_onednn_only_while_they_last(generator, monkeypatch):
+def test_faster_layers_multiply_by_onednn_only_while_they_last(generator, monkeypatch, onednn):
     calls, module, inputs = [], Nested(), matrix(32, 24, "plain", generator)
-    onednn = products.ONEDNN
     monkeypatch.setattr(products, "ONEDNN", lambda *args: calls.append(args) or onednn(*args))
     with pytest.raises(KeyError), faster_layers(module):
         module(inputs).sum().backward()
@@ -136,6 +149,13 @@ def test_faster_layers_multiply_by_onednn_only_while_they_last(generator, monkey
     assert n_calls == 2 + 3  # forwards; backwards for two weights and one hidden layer
     module(inputs).sum().backward()
     assert len(calls) == n_calls and not any("forward" in vars(layer) for layer in module.modules())
+
+
+def test_faster_layers_leave_layers_alone_where_pytorchs_own_product_is_faster(monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN", None)
+    module = Nested()
+    with faster_layers(module):
+        assert not any("forward" in vars(layer) for layer in module.modules())
 
 
 def test_second_derivatives_pass_through_faster_layers(generator):
