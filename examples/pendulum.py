@@ -9,15 +9,15 @@ Prints the return before and after and saves a picture of the learning curve.
 import argparse
 from pathlib import Path
 
-import gymnasium as gym
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalization
 
 from sb3_mbpo import MBPO
 from sb3_mbpo.hyperparams import as_arguments, load_settings
@@ -34,14 +34,16 @@ def main() -> None:
     args = parser.parse_args()
 
     kwargs = as_arguments(settings.kwargs) | {"learning_starts": args.learning_starts}
-    model = MBPO(settings.policy, "Pendulum-v1", seed=args.seed, **kwargs)
-    eval_env = Monitor(gym.make("Pendulum-v1"))
-    eval_env.reset(seed=args.seed + 10_000)
+    env, eval_env = (VecNormalize(make_vec_env("Pendulum-v1"), **settings.normalize) for _ in range(2))
+    eval_env.training = False  # it uses the statistics of the other one
+    eval_env.seed(args.seed + 10_000)
+    model = MBPO(settings.policy, env, seed=args.seed, **kwargs)
     before, _ = evaluate_policy(model, eval_env, n_eval_episodes=20)
 
     evaluation = EvalCallback(eval_env, eval_freq=250, n_eval_episodes=10, log_path=str(args.out), verbose=0)
     model.learn(args.steps, callback=evaluation, progress_bar=True)
 
+    sync_envs_normalization(env, eval_env)
     after, spread = evaluate_policy(model, eval_env, n_eval_episodes=20)
     print(f"Mean return of 20 episodes: {before:.0f} before, {after:.0f} ± {spread:.0f} after {args.steps} steps.")
 
