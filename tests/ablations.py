@@ -6,11 +6,13 @@ What makes DHMBPO steady? Variants of it that are no options of the package, for
 """
 
 from typing import Any
+from unittest import mock
 
 import torch as th
 from stable_baselines3 import SAC
 
-from sb3_mbpo import DHMBPO
+from sb3_mbpo import DHMBPO, double_horizon
+from sb3_mbpo.double_horizon import ImaginedPath, soft_return
 from sb3_mbpo.dynamics import Dynamics
 from sb3_mbpo.type_aliases import FitResult, Step
 
@@ -36,13 +38,23 @@ class RenewedOptimizers(DHMBPO):
 
 class WithoutModelGradient(DHMBPO):
     """
-    Value expansion only: the targets come from H imagined steps, but no gradient passes through the dynamics. The actor
-    follows the critics' gradient at the last state, as SAC does, and its entropy at all of them.
+    Value expansion only: the targets come from H imagined steps, but no gradient passes through the dynamics. The actor's
+    update is SAC's, at the last states.
     """
 
     def _setup_dynamics(self) -> None:
         super()._setup_dynamics()
         self.dynamics.__class__ = DetachedDynamics
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        with mock.patch.object(double_horizon, "soft_return", soft_return_of_the_last_action):
+            super().train(gradient_steps, batch_size)
+
+
+def soft_return_of_the_last_action(path: ImaginedPath, *args: Any) -> th.Tensor:
+    """The entropies before it give no gradient: without the dynamics', they would only make the actor wide."""
+    log_prob = th.cat((path.log_prob[:-1].detach(), path.log_prob[-1:]))
+    return soft_return(path._replace(log_prob=log_prob), *args)
 
 
 class DetachedDynamics(Dynamics):

@@ -58,6 +58,29 @@ def test_no_gradient_passes_where_none_should(variant, passes):
     assert step.next_observations.requires_grad == step.rewards.requires_grad == passes
 
 
+def test_without_model_gradient_the_actor_learns_at_the_last_states_only():
+    """As if the policy had drawn all actions but the last without recording them."""
+    model, twin, usual = (learn(ablations.WithoutModelGradient) for _ in range(3))
+    draw, n_draws = twin.draw_actions, 0
+
+    def draw_last_recorded(observations: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        nonlocal n_draws
+        n_draws += 1
+        with th.set_grad_enabled(n_draws > twin.gradient_horizon):
+            return draw(observations)
+
+    twin.draw_actions = draw_last_recorded
+    for learner, train in ((model, model.train), (twin, DHMBPO.train.__get__(twin)), (usual, DHMBPO.train.__get__(usual))):
+        learner._critic_updates_due = 0
+        th.manual_seed(0)
+        train(1, 16)
+    assert n_draws == twin.gradient_horizon + 1
+    gradients, of_twin, of_usual = (th.cat([p.grad.flatten() for p in m.actor.parameters()]) for m in (model, twin, usual))
+    assert gradients.any()
+    th.testing.assert_close(gradients, of_twin, rtol=1e-4, atol=1e-7)
+    assert not th.allclose(gradients, of_usual, rtol=0.1)
+
+
 @pytest.mark.parametrize("limit, some", [(1e-6, False), (1e6, True)])
 def test_long_rollouts_end_at_disagreement_and_short_ones_do_not(limit, some, monkeypatch):
     model = learn(ablations.EndsAtDisagreement)
