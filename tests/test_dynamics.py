@@ -66,6 +66,14 @@ def test_members_differ_and_all_of_them_can_be_asked(dynamics, generator):
     th.testing.assert_close(together.disagreement(), th.from_numpy(together.mean.detach().numpy().std(axis=0)))
 
 
+def test_observations_may_come_as_gymnasium_has_them_in_float64(dynamics, generator):
+    observations, actions = th.randn(32, 2, generator=generator), th.randn(32, 1, generator=generator)
+    prediction = dynamics.predict(observations.double(), actions)
+    assert prediction.mean.dtype == th.float64
+    for got, expected in zip(prediction, dynamics.predict(observations, actions), strict=True):
+        th.testing.assert_close(got.float(), expected)
+
+
 def test_a_step_is_differentiable_in_observation_and_action(dynamics):
     """Against finite differences in double precision, with the noise frozen by the seed."""
     dynamics = dynamics.double()
