@@ -33,6 +33,7 @@ def test_the_command_prints_all_and_writes_it_as_json(tiny, monkeypatch, tmp_pat
     result = json.loads(path.read_text())
 
     assert result["machine"]["torch"] == version("torch") and result["machine"]["threads"] == 1
+    assert result["machine"]["device"] == "cpu"
     assert result["updates"]["SB3's SAC"]["ratio"] == 1.0
     assert {f"MBPO, policy_delay={delay}" for delay in (1, 20)} <= set(result["updates"])
     assert all(row["per_second"] > 0 and row["ratio"] > 0 for row in result["updates"].values())

@@ -20,6 +20,7 @@ def main() -> None:
     speed.add_argument("--width", type=int, default=256, help="of SAC's two hidden layers (default: %(default)s)")
     speed.add_argument("--run-steps", type=int, default=500, help="of the run after warm-up; 0: no run (default: %(default)s)")
     speed.add_argument("--memory", action="store_true", help="also fill the imagined buffers of long rollouts (minutes)")
+    speed.add_argument("--device", default="cpu", help="of the networks, such as cuda (default: %(default)s)")
     speed.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
     speed.set_defaults(command=_speed)
 
@@ -47,7 +48,8 @@ def main() -> None:
 
 
 def _speed(arguments: argparse.Namespace) -> None:
-    result = measure_speed(arguments.threads, arguments.rounds, arguments.width, arguments.run_steps, arguments.memory)
+    settings = (arguments.threads, arguments.rounds, arguments.width, arguments.run_steps, arguments.memory, arguments.device)
+    result = measure_speed(*settings)
     for table in speed_tables(result):
         Console().print(table)
     if arguments.json is not None:

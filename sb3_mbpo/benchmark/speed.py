@@ -40,24 +40,26 @@ IMAGINED = 100_000
 Result = dict[str, Any]
 
 
-def measure_speed(threads: int, rounds: int, width: int, run_steps: int, memory: bool) -> Result:
+def measure_speed(threads: int, rounds: int, width: int, run_steps: int, memory: bool, device: str) -> Result:
     """
     :param threads: of PyTorch
     :param rounds: repetitions of each measurement
     :param width: of SAC's two hidden layers
     :param run_steps: environment steps of a run after its 1,000 random ones; 0: no run
     :param memory: whether to fill the imagined buffers of long rollouts, in processes of their own
+    :param device: of the networks
     :return: numbers by section and name
     """
     th.set_num_threads(threads)
+    unit = th.cuda.get_device_name(device) if th.device(device).type == "cuda" else device
     result: Result = {
-        "machine": {"processor": processor(), "threads": threads} | versions(),
-        "updates": _measure_updates(rounds, width),
-        "fit": _measure_fit(max(rounds // 5, 1)),
-        "imagination": _measure_imagination(max(rounds // 5, 1), width),
+        "machine": {"processor": processor(), "threads": threads, "device": unit} | versions(),
+        "updates": _measure_updates(rounds, width, device),
+        "fit": _measure_fit(max(rounds // 5, 1), device),
+        "imagination": _measure_imagination(max(rounds // 5, 1), width, device),
     }
     if run_steps:
-        result["run"] = _measure_run(width, run_steps)
+        result["run"] = _measure_run(width, run_steps, device)
     if memory:
         result["memory"] = _measure_memory()
     return result
@@ -95,7 +97,7 @@ def _never(observations: th.Tensor, actions: th.Tensor, next_observations: th.Te
 def _model(algorithm: Any, env: str | gym.Env[Any, Any], n_real: int, width: int = 256, **kwargs: Any) -> Any:
     """A model with a full replay buffer of small steps in all directions."""
     kwargs |= {"policy_kwargs": {"net_arch": [width, width]}, "learning_starts": 1, "buffer_size": n_real, "seed": 0}
-    model = algorithm("MlpPolicy", env, device="cpu", **kwargs)
+    model = algorithm("MlpPolicy", env, **kwargs)
     model.set_logger(configure(None, []))
     model._current_progress_remaining = 1.0
     rng, buffer = np.random.default_rng(0), model.replay_buffer
@@ -116,12 +118,15 @@ def _mbpo(env: str | gym.Env[Any, Any] = HOPPER, n_real: int = FEW, gradient_ste
     return model
 
 
-def _products(widths: list[int], for_weights: bool, for_inputs: bool, members: int = 1) -> list[tuple[th.Tensor, th.Tensor]]:
+def _products(
+    widths: list[int], for_weights: bool, for_inputs: bool, device: str = "cpu", members: int = 1
+) -> list[tuple[th.Tensor, th.Tensor]]:
     """What a perceptron multiplies, forwards and, for the gradients of its weights or of its input, backwards."""
     products = []
     for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
         inputs, weight, gradient = (
-            th.randn(members, *shape) for shape in ((BATCH_SIZE, fan_in), (fan_in, fan_out), (BATCH_SIZE, fan_out))
+            th.randn(members, *shape, device=device)
+            for shape in ((BATCH_SIZE, fan_in), (fan_in, fan_out), (BATCH_SIZE, fan_out))
         )
         products.append((inputs, weight))
         if for_weights:
@@ -134,13 +139,15 @@ def _products(widths: list[int], for_weights: bool, for_inputs: bool, members: i
 def _multiply(products: list[tuple[th.Tensor, th.Tensor]], times: int) -> None:
     for _ in range(times):
         for left, right in products:
-            th.bmm(left, right)
+            product = th.bmm(left, right)
+    product[0, 0, 0].item()  # a GPU is waited for
 
 
-def _measure_updates(rounds: int, width: int) -> Result:
-    models = {"SB3's SAC": _model(SAC, HOPPER, FEW, width)}
+def _measure_updates(rounds: int, width: int, device: str) -> Result:
+    models = {"SB3's SAC": _model(SAC, HOPPER, FEW, width, device=device)}
     for delay in (1, 20):
-        usual, by_autograd = (_mbpo(width=width, policy_delay=delay, rollout_batch_size=IMAGINED) for _ in range(2))
+        settings: dict[str, Any] = {"policy_delay": delay, "rollout_batch_size": IMAGINED, "device": device}
+        usual, by_autograd = (_mbpo(width=width, **settings) for _ in range(2))
         models |= {f"MBPO, policy_delay={delay}": usual, f"MBPO by autograd, policy_delay={delay}": by_autograd}
         by_autograd.actor.mu.register_forward_hook(lambda *_: None)  # the closed form leaves layers with hooks alone
         for model in (usual, by_autograd):
@@ -148,13 +155,14 @@ def _measure_updates(rounds: int, width: int) -> Result:
         if importlib.util.find_spec("sbx"):
             from sbx import SAC as JaxSAC
 
-            settings = {"policy_delay": delay, "gradient_steps": UPDATES_PER_CALL}
-            models[f"SBX's SAC, policy_delay={delay}"] = _model(JaxSAC, HOPPER, FEW, width, **settings)
+            jax_settings = {"policy_delay": delay, "gradient_steps": UPDATES_PER_CALL}
+            models[f"SBX's SAC, policy_delay={delay}"] = _model(JaxSAC, HOPPER, FEW, width, **jax_settings)
     tasks = {name: partial(model.train, UPDATES_PER_CALL, BATCH_SIZE) for name, model in models.items()}
 
     actor, critic = [11, width, width, 6], [14, width, width, 1]
-    products = _products(actor, False, False) + _products(actor, True, False)  # next actions; the actor's loss
-    products += 2 * (_products(critic, False, False) + _products(critic, True, False) + _products(critic, False, True))
+    products = _products(actor, False, False, device) + _products(actor, True, False, device)  # next actions; the actor's loss
+    for for_weights, for_inputs in ((False, False), (True, False), (False, True)):
+        products += 2 * _products(critic, for_weights, for_inputs, device)
     tasks["only the matrix products, by PyTorch"] = partial(_multiply, products, UPDATES_PER_CALL)
     seconds = _in_turn(tasks, rounds)
     return {
@@ -166,9 +174,9 @@ def _measure_updates(rounds: int, width: int) -> Result:
     }
 
 
-def _measure_fit(rounds: int) -> Result:
-    few, many = (_mbpo(n_real=n_real, gradient_steps=FIT_STEPS) for n_real in (FEW, MANY))
-    products = _products([14, 200, 200, 200, 200, 24], for_weights=True, for_inputs=False, members=7)
+def _measure_fit(rounds: int, device: str) -> Result:
+    few, many = (_mbpo(n_real=n_real, gradient_steps=FIT_STEPS, device=device) for n_real in (FEW, MANY))
+    products = _products([14, 200, 200, 200, 200, 24], for_weights=True, for_inputs=False, device=device, members=7)
     tasks: dict[str, Callable[[], object]] = {
         "few": few.fit_dynamics,
         "many": many.fit_dynamics,
@@ -184,8 +192,8 @@ def _measure_fit(rounds: int) -> Result:
     }
 
 
-def _measure_imagination(rounds: int, width: int) -> Result:
-    models = {k: _mbpo(width=width, rollout_length=k, rollout_batch_size=IMAGINED // k) for k in (1, 10)}
+def _measure_imagination(rounds: int, width: int, device: str) -> Result:
+    models = {k: _mbpo(width=width, rollout_length=k, rollout_batch_size=IMAGINED // k, device=device) for k in (1, 10)}
     seconds = _in_turn({str(k): model.imagine for k, model in models.items()}, rounds)
     result: Result = {}
     for k, model in models.items():
@@ -219,8 +227,8 @@ class _TimedMBPO(MBPO):
         self.spent[phase] += time.perf_counter() - start
 
 
-def _measure_run(width: int, steps: int) -> Result:
-    model = _TimedMBPO("MlpPolicy", HOPPER, seed=0, device="cpu", policy_kwargs={"net_arch": [width, width]})
+def _measure_run(width: int, steps: int, device: str) -> Result:
+    model = _TimedMBPO("MlpPolicy", HOPPER, seed=0, device=device, policy_kwargs={"net_arch": [width, width]})
     model.spent = dict.fromkeys(("fit", "imagination", "updates"), 0.0)
     model.learn(model.learning_starts + 1)
     first_fit = model.spent["fit"]
@@ -247,7 +255,7 @@ def _measure_memory() -> Result:
 
 def _peak_memory(env_kwargs: dict[str, Any], k: int, rollout_batch_size: int) -> float:
     """GB that a process needs until its imagined buffer is full."""
-    model = _mbpo(gym.make(**env_kwargs), rollout_length=k, rollout_batch_size=rollout_batch_size)
+    model = _mbpo(gym.make(**env_kwargs), rollout_length=k, rollout_batch_size=rollout_batch_size, device="cpu")
     assert model.imagined_buffer is not None
     while len(model.imagined_buffer) < 0.99 * model.imagined_buffer.capacity:
         model.imagine()
