@@ -108,7 +108,8 @@ def checkpoints(folder: str | Path) -> list[Path]:
 class CheckpointCallback(BaseCallback):
     """
     Saves a checkpoint when the environment steps pass a multiple of ``save_freq``, before the next step is made, and at
-    the end of ``learn``. Whatever would keep it from saving is an error at the beginning already.
+    the end of ``learn``. Whatever would keep it from saving is an error at the beginning already, where the folder has no
+    checkpoint yet.
 
     :param save_freq: environment steps, of all environments together
     :param folder: see :func:`save_checkpoint`

@@ -40,8 +40,8 @@ class DynamicsConfig:
     :param patience: by the paper's rule, a fit stops after more than this many epochs in which no member improved; epochs of
         less than 10 gradient steps count together
     :param improvement: by the paper's rule, the relative fall of a member's holdout error that counts as an improvement
-    :param normalize_targets: whether to standardise the targets too, state and reward each on its own
-        (arXiv 2510.01457); ``False`` is the paper's
+    :param normalize_targets: whether to standardise the targets too, each dimension by itself (arXiv 2510.01457);
+        ``False`` is the paper's
     :param constant_noise: whether the predicted standard deviation is one number per member and dimension, the same for all
         inputs: the root of its mean squared error on the holdout. ``False`` is the paper's
     """

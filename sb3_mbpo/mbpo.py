@@ -45,7 +45,7 @@ class MBPO(ResumableSAC):
     Every ``dynamics_train_freq`` environment steps an ensemble of probabilistic networks is fitted to the real
     transitions; the current policy then acts in it for ``rollout_length`` steps from ``rollout_batch_size`` real
     observations; SAC's batches are drawn from what came out, but for a share ``real_ratio``. Until the first fit, MBPO
-    is SAC. Images, integer observations and ``HerReplayBuffer`` keep it that way, and it says so (see ``idle_reason``).
+    is SAC. Images, integer observations and ``HerReplayBuffer`` keep it that way (``idle_reason`` says why).
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)
@@ -82,12 +82,12 @@ class MBPO(ResumableSAC):
     :param rollout_retain_steps: environment steps whose rollouts fill the imagined buffer, of
         ``rollout_batch_size * k * rollout_retain_steps / dynamics_train_freq`` rows; the oldest give way
     :param real_ratio: share of real rows in every batch, as a float or a schedule (function of the progress remaining,
-        from 1 to 0). 1 is plain SAC
+        from 1 to 0). With 1, and a ``policy_delay`` of 1, the updates are SAC's
     :param policy_delay: critic updates per update of the actor and the entropy coefficient
     :param termination_fn: ``(obs, action, next_obs) -> bool array of shape (batch,)``: whether the task has ended.
         It gets flat, raw observations (batch, obs_dim) and actions in the environment's units (batch, action_dim): float32
-        NumPy arrays, or torch tensors if it is decorated with ``sb3_mbpo.takes_tensors``. ``None``: the environment's own
-        rule where ``sb3_mbpo.tasks`` knows it, else learned
+        NumPy arrays, or torch tensors if it is decorated with ``sb3_mbpo.takes_tensors``. A Dict's parts follow each other in
+        the order of its space. ``None``: the environment's own rule where ``sb3_mbpo.tasks`` knows it, else learned
     :param reward_fn: ``(obs, action, next_obs) -> float array of shape (batch,)``, called the same way. ``None``: learned
     :param dynamics_kwargs: sizes and settings of the ensemble and its fit, see :class:`sb3_mbpo.dynamics.DynamicsConfig`
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
@@ -254,7 +254,7 @@ class MBPO(ResumableSAC):
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
-        SAC's updates on mixed batches; without imagined rows, SAC's own.
+        SAC's updates on mixed batches; without imagined rows and with a ``policy_delay`` of 1, SAC's own.
 
         :param gradient_steps: batches
         :param batch_size: rows of each
