@@ -278,7 +278,7 @@ class Unsynchronised(list):
             th.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU, named by CUDA_VISIBLE_DEVICES")
 @pytest.mark.parametrize("policy_delay", [1, 3])
 @pytest.mark.parametrize("kwargs", [{}, dict(ent_coef=0.2), dict(n_steps=3)], ids=["default", "fixed ent_coef", "n-step"])
 def test_updates_on_a_gpu_do_not_wait_for_it(kwargs, policy_delay):
