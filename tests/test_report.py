@@ -451,6 +451,16 @@ def test_the_improvement_counts_environments_that_both_have_only(tmp_path):
     assert "There is no finite return of SAC here" in report[report.index("## F") :]
 
 
+def test_scores_of_different_environments_are_said_to_be(tmp_path):
+    """As soon as one algorithm lacks an environment that another one has."""
+    sentence = "- Not all algorithms have the same environments, so their scores are means of different tasks."
+    for environment, algorithm in [("E", "SAC"), ("E", "A"), ("F", "SAC")]:
+        write_run(tmp_path, environment, algorithm, 0, [1.0, 2.0])
+    assert sentence in report_of(tmp_path)
+    write_run(tmp_path, "F", "A", 0, [1.0, 2.0])
+    assert sentence not in report_of(tmp_path)
+
+
 def test_what_it_was_run_with_lists_all_values(tmp_path):
     """One if all runs agree, else each with its number of runs."""
     for seed, torch in enumerate(("2.13.0", "2.13.0", "2.15.0")):

@@ -118,6 +118,9 @@ def _what_to_know(benchmark: Benchmark) -> list[str]:
         if ends.nunique() > 1:
             differing = "; ".join(f"{algorithm} {steps:,}" for algorithm, steps in ends.items())
             lines.append(f"{environment}: the algorithms end at different steps: {differing}.")
+    found = benchmark.common.groupby("algorithm")["environment"].agg(frozenset)
+    if found.nunique() > 1:
+        lines.append("Not all algorithms have the same environments, so their scores are means of different tasks.")
     return ["## What to know first", "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
