@@ -48,8 +48,9 @@ def main() -> None:
 
 
 def _speed(arguments: argparse.Namespace) -> None:
-    settings = (arguments.threads, arguments.rounds, arguments.width, arguments.run_steps, arguments.memory, arguments.device)
-    result = measure_speed(*settings)
+    result = measure_speed(
+        arguments.threads, arguments.rounds, arguments.width, arguments.run_steps, arguments.memory, arguments.device
+    )
     for table in speed_tables(result):
         Console().print(table)
     if arguments.json is not None:

@@ -146,8 +146,8 @@ def _multiply(products: list[tuple[th.Tensor, th.Tensor]], times: int) -> None:
 def _measure_updates(rounds: int, width: int, device: str) -> Result:
     models = {"SB3's SAC": _model(SAC, HOPPER, FEW, width, device=device)}
     for delay in (1, 20):
-        settings: dict[str, Any] = {"policy_delay": delay, "rollout_batch_size": IMAGINED, "device": device}
-        usual, by_autograd = (_mbpo(width=width, **settings) for _ in range(2))
+        make = partial(_mbpo, width=width, policy_delay=delay, rollout_batch_size=IMAGINED, device=device)
+        usual, by_autograd = make(), make()
         models |= {f"MBPO, policy_delay={delay}": usual, f"MBPO by autograd, policy_delay={delay}": by_autograd}
         by_autograd.actor.mu.register_forward_hook(lambda *_: None)  # the closed form leaves layers with hooks alone
         for model in (usual, by_autograd):
@@ -155,8 +155,8 @@ def _measure_updates(rounds: int, width: int, device: str) -> Result:
         if importlib.util.find_spec("sbx"):
             from sbx import SAC as JaxSAC
 
-            jax_settings = {"policy_delay": delay, "gradient_steps": UPDATES_PER_CALL}
-            models[f"SBX's SAC, policy_delay={delay}"] = _model(JaxSAC, HOPPER, FEW, width, **jax_settings)
+            settings = {"policy_delay": delay, "gradient_steps": UPDATES_PER_CALL, "device": device}
+            models[f"SBX's SAC, policy_delay={delay}"] = _model(JaxSAC, HOPPER, FEW, width, **settings)
     tasks = {name: partial(model.train, UPDATES_PER_CALL, BATCH_SIZE) for name, model in models.items()}
 
     actor, critic = [11, width, width, 6], [14, width, width, 1]
