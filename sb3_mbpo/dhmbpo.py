@@ -27,6 +27,7 @@ DYNAMICS = {
     "ensemble_size": 8,
     "net_arch": (200, 200, 200),
     "activation_fn": LayerNormSiLU,
+    "max_grad_norm": None,
     "constant_noise": True,
 }
 #: Rounds of imagination whose states are kept to start from.
@@ -60,7 +61,7 @@ class DHMBPO(MBPO):
     :param reward_fn: as for MBPO, but written for torch and marked with ``sb3_mbpo.takes_tensors``, as the policy learns
         through it
     :param dynamics_kwargs: as for MBPO. Unless they say otherwise, the dynamics has eight members of three layers with
-        LayerNormSiLU, all of them elites, and constant noise
+        LayerNormSiLU, all of them elites, gradients of any norm, and constant noise
     :raises ValueError: as for MBPO, and for a ``reward_fn`` or a policy that no gradient can pass
     """
 

@@ -23,7 +23,7 @@ MAX_STDS_FROM_DATA = 10.0
 class DynamicsConfig:
     """
     What ``dynamics_kwargs`` may hold. The defaults are the paper's (Janner et al. 2019, code), but for the learning rate
-    (there 1e-3), ``max_gradient_steps`` and ``normalize_targets``.
+    (there 1e-3), ``max_grad_norm``, ``max_gradient_steps`` and ``normalize_targets``.
 
     :param ensemble_size: number of members
     :param n_elites: members that imagine, those of lowest holdout error
@@ -32,6 +32,10 @@ class DynamicsConfig:
     :param learning_rate: of Adam
     :param weight_decay: lambda of the penalty ``0.5 * lambda * |W|**2``, one for all layers or one for each. The default
         grows from the first layer to the last; for another number of layers it is interpolated
+    :param max_grad_norm: norm to which longer gradients, of all members together, are shortened; ``None``, which is the
+        paper's, leaves them as they are. Without, a few transitions that no member foresees, such as collisions, can push the
+        variances so far beyond their bound that they stay there, for all inputs. Most gradients are longer than the default;
+        to Adam a common factor is nothing, but ``weight_decay``, which is not shortened with them, counts more
     :param batch_size: rows per member and gradient step
     :param holdout_ratio: share of the real transitions that is kept from training and ranks the members
     :param max_holdout: upper bound of the holdout, in rows
@@ -52,6 +56,7 @@ class DynamicsConfig:
     activation_fn: type[nn.Module] = nn.SiLU
     learning_rate: float = 3e-3
     weight_decay: float | tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
+    max_grad_norm: float | None = 10.0
     batch_size: int = 256
     holdout_ratio: float = 0.2
     max_holdout: int = 5000
@@ -92,6 +97,7 @@ class DynamicsConfig:
             ("learning_rate", self.learning_rate > 0, "above 0"),
             ("weight_decay", len(self.layer_decays) == n_layers, f"a float, or {n_layers} floats, one per layer"),
             ("weight_decay", min(self.layer_decays, default=0) >= 0, "at least 0"),
+            ("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "None, or above 0"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("holdout_ratio", 0 < self.holdout_ratio < 1, "above 0 and below 1"),
             ("max_holdout", self.max_holdout >= 1, "at least 1"),

@@ -23,9 +23,6 @@ MIN_STEPS_PER_LOOK = 10
 N_LOOKS = 5
 #: ... in this last share of them the learning rate falls to zero.
 DECAY_SHARE = 0.2
-#: Norm to which longer gradients are shortened where the noise depends on the input. A few transitions that no member
-#: foresees, such as collisions, would else push its variances so far beyond their bound that they stay there, for all inputs.
-MAX_GRADIENT_NORM = 10.0
 #: Smallest standard deviation of constant noise, in the units of the targets: a dimension without errors has no logarithm.
 MIN_NOISE = 1e-4
 
@@ -222,8 +219,8 @@ def fit_ensemble(
             loss, likelihood = ensemble_loss(ensemble, inputs[rows], targets[rows])
             optimizer.zero_grad()
             loss.backward()
-            if ensemble.constant_log_var is None:
-                th.nn.utils.clip_grad_norm_(ensemble.parameters(), MAX_GRADIENT_NORM)
+            if config.max_grad_norm is not None:
+                th.nn.utils.clip_grad_norm_(ensemble.parameters(), config.max_grad_norm)
             optimizer.step()
             likelihoods.append(likelihood)
             steps += 1

@@ -362,6 +362,7 @@ def test_its_defaults_fill_up_what_the_user_leaves_open(tmp_path):
     model = make(dynamics_kwargs=dict(ensemble_size=5, max_gradient_steps=20))
     config = model.dynamics.config
     assert (config.ensemble_size, config.n_elites, config.constant_noise, config.max_gradient_steps) == (5, 5, True, 20)
+    assert config.max_grad_norm is None
     model.save(tmp_path / "model")
     loaded = DHMBPO.load(tmp_path / "model", env=LineEnv(), dynamics_kwargs=dict(ensemble_size=5, max_gradient_steps=30))
     assert loaded.dynamics.config.constant_noise and loaded.dynamics.config.max_gradient_steps == 30

@@ -188,19 +188,39 @@ def test_the_fit_ends_with_the_weights_of_lowest_error(generator, monkeypatch, m
         assert scaled.square().mean().item() == pytest.approx(result.holdout_mse[member], rel=1e-3)
 
 
-def test_a_few_collisions_do_not_drown_everything_in_noise(generator):
+@pytest.mark.parametrize("max_grad_norm", [10.0, None])
+def test_a_few_collisions_drown_everything_in_noise_unless_gradients_are_short(generator, max_grad_norm):
     """Twenty of 2000 transitions are thrown far away. For the others the noise is still small: it is 0.01, theirs is 20."""
     data, clean = linear_gaussian(2000, generator)
     outcomes = clean + 0.01 * th.randn(2000, 3, generator=generator)
     data = data._replace(next_observations=outcomes[:, :2], rewards=outcomes[:, 2])
-    dynamics = make_dynamics(generator, net_arch=[64, 64, 64], max_gradient_steps=(500, 250))
+    settings = dict(net_arch=[64, 64, 64], max_gradient_steps=(500, 250), max_grad_norm=max_grad_norm)
+    dynamics = make_dynamics(generator, **settings)
     optimizer = make_optimizer(dynamics)
     fit_ensemble(dynamics, optimizer, data, generator, is_first=True)
     hits = data.observations[:, 0].argsort(descending=True)[:20]
     data.next_observations[hits] += 20 * th.randn(20, 2, generator=generator)
     for _ in range(2):
         fit_ensemble(dynamics, optimizer, data, generator, is_first=False)
-    assert dynamics.predict(data.observations, data.actions).std[..., :2].median(dim=1).values.mean() < 0.3
+    noise = dynamics.predict(data.observations, data.actions).std[..., :2].median(dim=1).values.mean()
+    assert noise < 0.3 if max_grad_norm else noise > 0.5
+
+
+def test_gradients_are_as_long_as_they_may_be(generator):
+    data, _ = linear_gaussian(500, generator)
+    longest = {}
+    for max_grad_norm in (None, 0.5, 10.0):
+        dynamics = make_dynamics(th.Generator().manual_seed(0), max_gradient_steps=20, max_grad_norm=max_grad_norm)
+        norms, optimizer = [], make_optimizer(dynamics)
+        parameters = list(dynamics.ensemble.parameters())
+        optimizer.register_step_pre_hook(
+            lambda *_, norms=norms, parameters=parameters: norms.append(th.cat([p.grad.flatten() for p in parameters]).norm())
+        )
+        fit_ensemble(dynamics, optimizer, data, th.Generator().manual_seed(0), is_first=True)
+        assert len(norms) == 20
+        longest[max_grad_norm] = max(norms).item()
+    assert longest[0.5] == pytest.approx(0.5, rel=1e-4) and 0.5 < longest[None]
+    assert longest[10.0] == min(longest[None], 10.0)
 
 
 def test_counted_steps_end_by_their_number_alone(generator):
