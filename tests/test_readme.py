@@ -60,14 +60,25 @@ def test_every_parameter_is_listed_with_its_default():
         assert listed[field.name] == expected, field.name
 
 
-def test_the_results_are_of_the_suite_as_it_is_now():
-    runs = [run for run in load_suite("laptop") if (ROOT / ".results" / run.folder).exists()]
-    assert len(runs) == len(list((ROOT / ".results").rglob("run.json")))
+@pytest.mark.parametrize(("suite", "results"), [("laptop", ".results"), (ROOT / "tests" / "ablations.yml", ".ablations")])
+def test_the_results_are_of_the_suite_as_it_is_now(suite, results):
+    runs = [run for run in load_suite(suite) if (ROOT / results / run.folder).exists()]
+    assert len(runs) == len(list((ROOT / results).rglob("run.json")))
     for run in runs:
-        folder = ROOT / ".results" / run.folder
+        folder = ROOT / results / run.folder
         assert not _differences(run, folder), run
         steps = pd.read_csv(folder / "evaluations.csv")["steps"].tolist()
         assert steps == list(range(run.eval_freq, run.steps + 1, run.eval_freq)), run
+
+
+def test_the_ablations_are_what_the_runs_have_written():
+    """The mean of the last three evaluations of each run in ``.ablations``."""
+    table = README[README.index("| variant |") :].split("\n\n")[0].replace(",", "")
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    seeds = [int(cell.split()[1]) for cell in header[1:]]
+    shown = {(row[0].split(":")[0], seed): cell for row in rows for seed, cell in zip(seeds, row[1:], strict=True) if cell}
+    evaluations = load_results(ROOT / ".ablations").groupby(["algorithm", "seed"])["return_mean"]
+    assert shown == {name: f"{returns.tail(3).mean():.0f}" for name, returns in evaluations}
 
 
 def test_the_results_are_what_the_runs_have_written():
