@@ -21,6 +21,13 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOT
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 
 
+def table(first_cell):
+    """:return: the cells of the header and of each row, their numbers as Python writes them"""
+    text = README[README.index(f"| {first_cell} |") :].split("\n\n")[0].replace(",", "").replace("\N{MINUS SIGN}", "-")
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+    return header, rows
+
+
 def test_the_first_two_blocks_are_one_command_line_each():
     for language, code in BLOCKS[:2]:
         assert language == "bash" and len(code.splitlines()) == 1
@@ -73,8 +80,7 @@ def test_the_results_are_of_the_suite_as_it_is_now(suite, results):
 
 def test_the_ablations_are_what_the_runs_have_written():
     """The mean of the last three evaluations of each run in ``.ablations``."""
-    table = README[README.index("| variant |") :].split("\n\n")[0].replace(",", "")
-    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    header, rows = table("variant")
     seeds = [int(cell.split()[1]) for cell in header[1:]]
     shown = {(row[0].split(":")[0], seed): cell for row in rows for seed, cell in zip(seeds, row[1:], strict=True) if cell}
     evaluations = load_results(ROOT / ".ablations").groupby(["algorithm", "seed"])["return_mean"]
@@ -83,9 +89,7 @@ def test_the_ablations_are_what_the_runs_have_written():
 
 def test_the_results_are_what_the_runs_have_written():
     """Mean and standard deviation of the last evaluations in ``.results``, wherever seeds 0 to 2 are all there."""
-    table = README[README.index("| task, environment steps |") :].split("\n\n")[0]
-    table = table.replace(",", "").replace("\N{MINUS SIGN}", "-")
-    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    header, rows = table("task, environment steps")
     shown = {
         (row[0].split()[0], algorithm): (int(row[0].split()[1]), cell)
         for row in rows
