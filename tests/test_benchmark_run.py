@@ -364,6 +364,7 @@ def test_a_ray_cluster_of_two_machines_survives_the_death_of_a_worker(tmp_path):
     Two nodes with one core each. The worker of the long run is killed when the other run has ended; Ray starts the run
     anew, and it goes on from its checkpoint.
     """
+    import ray
     from ray.cluster_utils import Cluster
 
     killed, other = make_run("stable_baselines3.SAC", steps=8000, eval_freq=400, eval_episodes=1), make_run(seed=1)
@@ -375,14 +376,17 @@ def test_a_ray_cluster_of_two_machines_survives_the_death_of_a_worker(tmp_path):
         while not (is_finished(other, tmp_path) and list((tmp_path / killed.folder).glob("checkpoint/steps_*"))):
             time.sleep(0.05)
         before.append(rows(killed, tmp_path))
-        (worker,) = subprocess.check_output(["pgrep", "-f", "^ray::train"], text=True).split()
-        os.kill(int(worker), signal.SIGKILL)
+        while len(workers := subprocess.check_output(["pgrep", "-f", "^ray::train"], text=True).split()) > 1:
+            time.sleep(0.05)
+        os.kill(int(workers[0]), signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     try:
         with ray_cluster(cluster.address) as submit, open(tmp_path / "console", "w") as file:
             killer.start()
             failed = run_all([killed, other], tmp_path, submit, Console(file=file, width=200))
+        with ray_cluster(None):
+            assert ray.get_runtime_context().gcs_address != cluster.address
     finally:
         cluster.shutdown()
     killer.join()

@@ -380,6 +380,17 @@ def test_unfinished_runs_end_the_curve_of_their_algorithm(tmp_path):
     assert table_after(report, "Steps to SAC's 4,000-step return (9.00)")["A"] == ["4,000", "1 of 2"]  # all count here
 
 
+def test_it_says_where_algorithms_have_different_seeds(tmp_path):
+    """And nothing where they have the same ones."""
+    for environment, seeds in (("E", {"A": [0], "SAC": [1, 0]}), ("F", {"A": [0, 1], "SAC": [0, 1]})):
+        for algorithm, of_algorithm in seeds.items():
+            for seed in of_algorithm:
+                write_run(tmp_path, environment, algorithm, seed, [1.0, 2.0 + seed])
+    report = report_of(tmp_path)
+    assert "- E: the algorithms have different seeds: A 0; SAC 0, 1. Compare them seed by seed.\n" in report
+    assert report.count("different seeds") == 1
+
+
 def test_seeds_without_a_common_evaluation_are_left_out_and_named(tmp_path):
     """The others stay; if there is no other, the environment has neither picture nor table."""
     write_run(tmp_path, "E", "A", 0, [1, 2])

@@ -114,10 +114,15 @@ def _what_to_know(benchmark: Benchmark) -> list[str]:
             last, longest = common["steps"].max(), table["steps"].max()
             lines.append(f"{environment}: {algorithm} ends at {last:,} steps, not all seeds have the rest up to {longest:,}.")
     for environment in benchmark.environments:
-        ends = last_evaluations(benchmark.common.query("environment == @environment")).groupby("algorithm")["steps"].first()
-        if ends.nunique() > 1:
-            differing = "; ".join(f"{algorithm} {steps:,}" for algorithm, steps in ends.items())
+        ends = last_evaluations(benchmark.common.query("environment == @environment")).groupby("algorithm")
+        steps = ends["steps"].first()
+        if steps.nunique() > 1:
+            differing = "; ".join(f"{algorithm} {end:,}" for algorithm, end in steps.items())
             lines.append(f"{environment}: the algorithms end at different steps: {differing}.")
+        seeds = ends["seed"].agg(lambda found: ", ".join(map(str, sorted(found))))
+        if seeds.nunique() > 1:
+            differing = "; ".join(f"{algorithm} {found}" for algorithm, found in seeds.items())
+            lines.append(f"{environment}: the algorithms have different seeds: {differing}. Compare them seed by seed.")
     found = benchmark.common.groupby("algorithm")["environment"].agg(frozenset)
     if found.nunique() > 1:
         lines.append("Not all algorithms have the same environments, so their scores are means of different tasks.")

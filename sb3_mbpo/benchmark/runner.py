@@ -61,14 +61,14 @@ def ray_cluster(address: str | None) -> Iterator[Submit]:
     One core for each run; a run whose worker or machine dies goes on elsewhere from its checkpoint, ten times at most
     (Ray counts those that ran out of memory apart).
 
-    :param address: of a cluster, such as ``"auto"``; ``None``: one on this machine
+    :param address: of a cluster, such as ``"auto"``; ``None``: a new one on this machine, even where another runs
     :raises ValueError: when Ray is not installed
     """
     try:
         import ray
     except ImportError as error:
         raise ValueError('The backend "ray" needs Ray: `pip install "sb3_mbpo[ray]"`.') from error
-    ray.init(address=address, log_to_driver=False)
+    ray.init(address=address or "local", log_to_driver=False)
     remote_train = ray.remote(num_cpus=1, max_retries=10)(train)
     try:
         yield lambda run, results: remote_train.remote(run, results).future()
