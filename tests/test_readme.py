@@ -21,9 +21,9 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOT
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 
 
-def table(first_cell):
-    """:return: the cells of the header and of each row, their numbers as Python writes them"""
-    text = README[README.index(f"| {first_cell} |") :].split("\n\n")[0].replace(",", "").replace("\N{MINUS SIGN}", "-")
+def table(start):
+    """:return: the cells of the header that starts so, and of each row below it, their numbers as Python writes them"""
+    text = README[README.index(start) :].split("\n\n")[0].replace(",", "").replace("\N{MINUS SIGN}", "-")
     header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
     return header, rows
 
@@ -80,7 +80,7 @@ def test_the_results_are_of_the_suite_as_it_is_now(suite, results):
 
 def test_the_ablations_are_what_the_runs_have_written():
     """The mean of the last three evaluations of each run in ``.ablations``."""
-    header, rows = table("variant")
+    header, rows = table("| variant |")
     seeds = [int(cell.split()[1]) for cell in header[1:]]
     shown = {(row[0].split(":")[0], seed): cell for row in rows for seed, cell in zip(seeds, row[1:], strict=True) if cell}
     evaluations = load_results(ROOT / ".ablations").groupby(["algorithm", "seed"])["return_mean"]
@@ -89,7 +89,7 @@ def test_the_ablations_are_what_the_runs_have_written():
 
 def test_the_results_are_what_the_runs_have_written():
     """Mean and standard deviation of the last evaluations in ``.results``, wherever seeds 0 to 2 are all there."""
-    header, rows = table("task, environment steps")
+    header, rows = table("| task, environment steps |")
     shown = {
         (row[0].split()[0], algorithm): (int(row[0].split()[1]), cell)
         for row in rows
@@ -105,6 +105,17 @@ def test_the_results_are_what_the_runs_have_written():
         assert set(of_seeds["steps"]) == {steps}
         assert cell == f"{returns.mean():.0f} \N{PLUS-MINUS SIGN} {returns.std():.0f}"
     assert not shown
+
+
+def test_the_table_of_dhmbpo_is_what_the_runs_have_written():
+    """The mean of the last three evaluations that each of seeds 0 to 2 has at these steps."""
+    header, rows = table("| task | environment steps | seeds 0; 1; 2 |")
+    evaluations = load_results(ROOT / ".results").query("algorithm == 'DHMBPO'")
+    for environment, steps, cell, *_ in rows:
+        rows_of = (evaluations["environment"] == environment) & (evaluations["steps"] <= int(steps))
+        returns = evaluations[rows_of].groupby("seed")["return_mean"]
+        assert list(returns.groups) == [0, 1, 2]
+        assert cell.split("; ") == [f"{of_seed.tail(3).mean():.0f}" for _, of_seed in returns]
 
 
 def test_every_logged_key_is_in_the_glossary():
