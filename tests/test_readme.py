@@ -109,7 +109,7 @@ def test_the_results_are_what_the_runs_have_written():
 
 def test_the_table_of_dhmbpo_is_what_the_runs_have_written():
     """The mean of the last three evaluations that each of seeds 0 to 2 has at these steps."""
-    header, rows = table("| task | environment steps | seeds 0; 1; 2 |")
+    _, rows = table("| task | environment steps | seeds 0; 1; 2 |")
     evaluations = load_results(ROOT / ".results").query("algorithm == 'DHMBPO'")
     for environment, steps, cell, *_ in rows:
         rows_of = (evaluations["environment"] == environment) & (evaluations["steps"] <= int(steps))
