@@ -5,6 +5,7 @@ SB3's replay buffer stays what it is. The imagined rows lie in a buffer of their
 from both and is normalised once, as SB3 does on sampling. Nothing here knows a network.
 """
 
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,6 +20,9 @@ from sb3_mbpo.type_aliases import Transitions
 
 Samples: TypeAlias = ReplayBufferSamples | DictReplayBufferSamples
 
+#: That are drawn and normalised together: enough to save time, few enough to save memory.
+BATCHES_AT_ONCE = 64
+
 
 def _flat(source: np.ndarray, slots: np.ndarray) -> np.ndarray:
     """(buffer_size, n_envs, ...) -> (slots * n_envs, ...)"""
@@ -32,20 +36,26 @@ def _flat_observations(source: Any, slots: np.ndarray, layout: ObservationLayout
     return layout.flatten(parts)
 
 
+def _slots(buffer: ReplayBuffer) -> np.ndarray:
+    """:return: those that hold transitions"""
+    slots = np.arange(buffer.size())
+    if buffer.optimize_memory_usage and buffer.full:
+        slots = slots[slots != buffer.pos]  # it holds the next observation of the last transition
+    return slots
+
+
 def _usable(buffer: ReplayBuffer) -> tuple[np.ndarray, np.ndarray]:
     """
     :return: the slots that hold transitions, and a mask of shape (slots * n_envs,): which ones hold their true next
-        observation. ``VecNormalize`` may have clipped a terminal one; ``optimize_memory_usage`` overwrites those
-        at the end of an episode
+        observation. ``optimize_memory_usage`` overwrites those at the end of an episode; for others see
+        :func:`mark_lost_terminals`
     """
-    slots = np.arange(buffer.size())
-    if buffer.optimize_memory_usage and buffer.full:
-        slots = slots[slots != buffer.pos]  # its successor is already overwritten
+    slots = _slots(buffer)
     mask = np.ones(len(slots) * buffer.n_envs, dtype=bool)
     if buffer.optimize_memory_usage:
         mask &= _flat(buffer.dones, slots) == 0
-    if hasattr(buffer, "clipped_terminals"):
-        mask &= ~_flat(buffer.clipped_terminals, slots)
+    if hasattr(buffer, "lost_terminals"):
+        mask &= ~_flat(buffer.lost_terminals, slots)
     return slots, mask
 
 
@@ -79,14 +89,21 @@ def real_transitions(buffer: ReplayBuffer, layout: ObservationLayout, device: th
     return Transitions(*(field.to(device) for field in data))
 
 
-def real_observations(buffer: ReplayBuffer, layout: ObservationLayout, device: th.device) -> th.Tensor:
+def draw_observations(buffer: ReplayBuffer, layout: ObservationLayout, n_rows: int, generator: th.Generator) -> th.Tensor:
     """
-    :param buffer: SB3's own
+    Uniform, with replacement, from all observations that a real transition began from.
+
+    :param buffer: SB3's own, with a transition at least
     :param layout: of the observations
-    :param device: of the result
-    :return: every observation from which a real transition began, (batch, obs_dim), raw
+    :param n_rows: how many
+    :param generator: draws them; the result is on its device
+    :return: (n_rows, obs_dim), raw
     """
-    return th.as_tensor(_flat_observations(buffer.observations, _usable(buffer)[0], layout), device=device)
+    slots, n_envs = _slots(buffer), buffer.n_envs
+    rows = th.randint(len(slots) * n_envs, (n_rows,), generator=generator, device=generator.device).numpy(force=True)
+    where, source = (slots[rows // n_envs], rows % n_envs), buffer.observations
+    drawn = {key: part[where] for key, part in source.items()} if isinstance(source, dict) else source[where]
+    return th.as_tensor(layout.flatten(drawn), device=generator.device)
 
 
 def check_finite(
@@ -119,30 +136,30 @@ def check_finite(
                 )
 
 
-def mark_clipped_terminals(
+def mark_lost_terminals(
     buffer: ReplayBuffer, dones: np.ndarray, infos: list[dict[str, Any]], env: VecNormalize | None
 ) -> None:
     """
     Call this before a transition is stored. ``VecNormalize`` clips the last observation of an episode before SB3 gets
-    to un-normalise and store it, so a clipped one is wrong. The marks lie on the buffer, to be saved with it.
+    to un-normalise and store it, so a clipped one is wrong. Where the environment does not give it, SB3 stores the first one
+    of the next episode. The marks lie on the buffer, from the first one on, to be saved with it.
 
     :param buffer: about to store the transition at ``buffer.pos``
     :param dones: (n_envs,)
     :param infos: one dict per environment
     :param env: the wrapper that clips, if there is one
     """
-    if not hasattr(buffer, "clipped_terminals"):
-        if env is None:
-            return
-        buffer.clipped_terminals = np.zeros(buffer.dones.shape, dtype=bool)  # type: ignore[attr-defined]
-    marks: np.ndarray = buffer.clipped_terminals[buffer.pos]  # type: ignore[attr-defined]
-    marks[:] = False
-    for index in np.flatnonzero(dones):
-        marks[index] = env is not None and _is_clipped(infos[index].get("terminal_observation"), env)
+    lost = [bool(done) and _is_lost(info.get("terminal_observation"), env) for done, info in zip(dones, infos, strict=True)]
+    if any(lost) and not hasattr(buffer, "lost_terminals"):
+        buffer.lost_terminals = np.zeros(buffer.dones.shape, dtype=bool)  # type: ignore[attr-defined]
+    if hasattr(buffer, "lost_terminals"):
+        buffer.lost_terminals[buffer.pos] = lost
 
 
-def _is_clipped(observation: np.ndarray | dict[str, np.ndarray] | None, env: VecNormalize) -> bool:
-    if observation is None or not env.norm_obs:
+def _is_lost(observation: np.ndarray | dict[str, np.ndarray] | None, env: VecNormalize | None) -> bool:
+    if observation is None:
+        return True
+    if env is None or not env.norm_obs:
         return False
     parts = [observation[key] for key in env.norm_obs_keys or ()] if isinstance(observation, dict) else [observation]
     return any(bool(np.any(np.abs(part) >= env.clip_obs)) for part in parts)
@@ -187,25 +204,27 @@ class ModelAugmentedReplayBuffer:
         :param env: normalises observations and rewards, if given
         :return: one mixed batch
         """
-        return self.sample_batches(1, batch_size, env)[0]
+        return next(self.sample_batches(1, batch_size, env))
 
-    def sample_batches(self, n_batches: int, batch_size: int, env: VecNormalize | None = None) -> list[Samples]:
+    def sample_batches(self, n_batches: int, batch_size: int, env: VecNormalize | None = None) -> Iterator[Samples]:
         """
-        All batches of one call of ``train``, drawn at once.
+        All batches of one call of ``train``, a block of them at a time.
 
         :param n_batches: how many
         :param batch_size: rows of each
         :param env: normalises observations and rewards, if given
         """
         n_real = self.n_real(batch_size)
-        sources: list[Samples] = []
-        if n_real > 0:
-            sources.append(self.real.sample(n_batches * n_real, env=env))
-        if n_real < batch_size:
-            sources.append(self._imagined_samples(n_batches * (batch_size - n_real), env))
-        # one list of batches per source, then one joined batch for each index
-        batches = [_split(source, n_batches) for source in sources]
-        return [_join(list(parts)) for parts in zip(*batches, strict=True)]
+        for first in range(0, n_batches, BATCHES_AT_ONCE):
+            n_block = min(BATCHES_AT_ONCE, n_batches - first)
+            sources: list[Samples] = []
+            if n_real > 0:
+                sources.append(self.real.sample(n_block * n_real, env=env))
+            if n_real < batch_size:
+                sources.append(self._imagined_samples(n_block * (batch_size - n_real), env))
+            # one list of batches per source, then one joined batch for each index
+            batches = [_split(source, n_block) for source in sources]
+            yield from (_join(list(parts)) for parts in zip(*batches, strict=True))
 
     def _imagined_samples(self, n_rows: int, env: VecNormalize | None) -> Samples:
         rows = self.imagined.sample(n_rows, self.generator)
@@ -221,9 +240,13 @@ class ModelAugmentedReplayBuffer:
 
 
 def _split(samples: Samples, n_batches: int) -> list[Samples]:
-    """Into equal batches, as views. SB3 samples what the environment gave, float64 too: the policy wants float32."""
+    """
+    Into equal batches, as views. SB3 samples what the environment gave, float64 too: the policy wants float32. A buffer of
+    the user's may sample more fields than SB3's, which no update here reads.
+    """
+    kind = DictReplayBufferSamples if isinstance(samples.observations, dict) else ReplayBufferSamples
     fields: list[list[Any]] = []
-    for field in samples:
+    for field in (getattr(samples, name) for name in kind._fields):
         if field is None:
             fields.append([None] * n_batches)
         elif isinstance(field, dict):
@@ -231,7 +254,7 @@ def _split(samples: Samples, n_batches: int) -> list[Samples]:
             fields.append([{key: parts[index] for key, parts in chunks.items()} for index in range(n_batches)])
         else:
             fields.append(list(field.float().chunk(n_batches)))
-    return [type(samples)(*batch) for batch in zip(*fields, strict=True)]
+    return [kind(*batch) for batch in zip(*fields, strict=True)]
 
 
 def _join(parts: list[Samples]) -> Samples:

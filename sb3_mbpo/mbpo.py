@@ -17,8 +17,8 @@ from sb3_mbpo.buffers import (
     ModelAugmentedReplayBuffer,
     check_finite,
     count_usable,
-    mark_clipped_terminals,
-    real_observations,
+    draw_observations,
+    mark_lost_terminals,
     real_transitions,
 )
 from sb3_mbpo.callback import DynamicsCallback
@@ -241,13 +241,12 @@ class MBPO(ResumableSAC):
         :raises ValueError: before the first fit, without a real transition to start from, or when no row is finite
         """
         dynamics = self._modelled_dynamics()
-        observations = real_observations(self.replay_buffer, self._layout, self.device)
-        if self.fit_result is None or self.imagined_buffer is None or not len(observations):
+        if self.fit_result is None or self.imagined_buffer is None or not self.replay_buffer.size():
             raise ValueError("Imagining needs a fitted dynamics and real transitions to start from: call `learn` first.")
-        starts = th.randint(len(observations), (self.rollout_batch_size,), generator=self._generator, device=self.device)
+        starts = draw_observations(self.replay_buffer, self._layout, self.rollout_batch_size, self._generator)
         self.policy.set_training_mode(False)
         self.imagined_buffer.resize(self._imagined_capacity(self.num_timesteps))
-        branches = (observations[starts], self.current_rollout_length(), self.fit_result.elites, self._generator)
+        branches = (starts, self.current_rollout_length(), self.fit_result.elites, self._generator)
         result = imagine_round(dynamics, self._sample_imagined_actions, *branches, self.imagined_buffer.add)
         self.imagination_result = result
         return result.rows
@@ -319,7 +318,7 @@ class MBPO(ResumableSAC):
         infos: list[dict[str, Any]],
     ) -> None:
         check_finite(self._last_obs, new_obs, reward, infos, self._vec_normalize_env)
-        mark_clipped_terminals(replay_buffer, dones, infos, self._vec_normalize_env)
+        mark_lost_terminals(replay_buffer, dones, infos, self._vec_normalize_env)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def _excluded_save_params(self) -> list[str]:

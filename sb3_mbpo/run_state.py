@@ -130,8 +130,8 @@ def _restore_buffer(buffer: ReplayBuffer, content: dict[str, Any], store: BlobSt
             f"The checkpoint's replay buffer has {sizes[0]} slots for {sizes[1]} environments, but the model's has "
             f"{buffer.buffer_size} for {buffer.n_envs}: pass as many environments as there were, and no `buffer_size`."
         )
-    if "clipped_terminals" in content["arrays"]:
-        buffer.clipped_terminals = np.zeros(sizes, dtype=bool)  # type: ignore[attr-defined]
+    if "lost_terminals" in content["arrays"]:
+        buffer.lost_terminals = np.zeros(sizes, dtype=bool)  # type: ignore[attr-defined]
     targets = _row_arrays(buffer)
     for name, entry in content["arrays"].items():
         store.read_array(entry, targets[name])

@@ -1,7 +1,8 @@
 """SAC's gradient steps on given batches."""
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from sb3_mbpo.closed_form import ClosedForm, covers
 from sb3_mbpo.products import faster_layers
 
 
-def sac_updates(model: SAC, batches: Sequence[Any], policy_delay: int) -> dict[str, float]:
+def sac_updates(model: SAC, batches: Iterable[Any], policy_delay: int) -> dict[str, float]:
     """
     One critic update per batch, and at every ``policy_delay``-th one of the actor and the entropy coefficient.
     With a delay of 1, the same mathematics and the same draws as SB3's ``SAC.train`` (Haarnoja et al. 2018, section 5).
@@ -32,9 +33,8 @@ def sac_updates(model: SAC, batches: Sequence[Any], policy_delay: int) -> dict[s
     )
     networks: Any = ClosedForm(model) if covers(model) else Autograd(model)
     losses: dict[str, list[th.Tensor]] = {"ent_coef": [], "actor_loss": [], "critic_loss": [], "ent_coef_loss": []}
-    policy_is_new = True
     with faster_layers(model.policy), unchecked_distributions():
-        for step, batch in enumerate(batches):
+        for step, (batch, ahead) in enumerate(with_same_policy(batches, model._n_updates, policy_delay)):
             updates_actor = model._n_updates % policy_delay == 0
             if model.use_sde:
                 model.actor.reset_noise()
@@ -50,17 +50,14 @@ def sac_updates(model: SAC, batches: Sequence[Any], policy_delay: int) -> dict[s
             losses["ent_coef"].append(ent_coef)
 
             with th.no_grad():
-                if policy_is_new:
-                    n_same_policy = (-model._n_updates) % policy_delay + 1  # up to the actor's next update
-                    ahead = [later.next_observations for later in batches[step : step + n_same_policy]]
-                    next_draws = networks.act_ahead(ahead)
+                if ahead:
+                    next_draws = networks.act_ahead([later.next_observations for later in ahead])
                 next_actions, next_log_prob = next(next_draws)
                 next_values = networks.target_values(batch.next_observations, next_actions) - ent_coef * next_log_prob
                 discounts = model.gamma if batch.discounts is None else batch.discounts
                 targets = batch.rewards + (1 - batch.dones) * discounts * next_values
             losses["critic_loss"].append(networks.set_critic_gradients(batch.observations, batch.actions, targets))
             model.critic.optimizer.step()
-            policy_is_new = draw is not None
             if draw is not None:
                 losses["actor_loss"].append(networks.set_actor_gradients(batch.observations, draw, ent_coef))
                 model.actor.optimizer.step()
@@ -71,6 +68,21 @@ def sac_updates(model: SAC, batches: Sequence[Any], policy_delay: int) -> dict[s
                 polyak_update(model.batch_norm_stats, model.batch_norm_stats_target, 1.0)
             model._n_updates += 1
     return checked_means(losses)
+
+
+def with_same_policy(batches: Iterable[Any], n_updates: int, policy_delay: int) -> Iterator[tuple[Any, list[Any]]]:
+    """
+    :param batches: for one update each
+    :param n_updates: before the first of them
+    :param policy_delay: as above
+    :return: each batch; with the first one after an update of the actor come all up to its next update, itself included, with
+        any other none
+    """
+    batches = iter(batches)
+    while ahead := list(itertools.islice(batches, (-n_updates) % policy_delay + 1)):
+        n_updates += len(ahead)
+        yield ahead[0], ahead
+        yield from ((batch, []) for batch in ahead[1:])
 
 
 def checked_means(losses: Mapping[str, Sequence[th.Tensor]]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 import pickle
 from collections import deque
 from copy import deepcopy
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -8,14 +9,16 @@ import torch as th
 from conftest import LineEnv
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_mbpo.buffers import (
+    BATCHES_AT_ONCE,
     ModelAugmentedReplayBuffer,
     check_finite,
     count_usable,
-    mark_clipped_terminals,
+    mark_lost_terminals,
     real_transitions,
 )
 from sb3_mbpo.imagined_buffer import ImaginedBuffer
@@ -262,12 +265,24 @@ def test_clipped_terminal_observations_are_left_out_and_the_marks_are_saved():
     buffer = ReplayBuffer(10, LineEnv().observation_space, ACTION)
     for t, (done, last) in enumerate([(False, None), (True, 1.9), (True, 2.0), (False, None)]):
         infos = [{} if last is None else {"terminal_observation": np.array([last])}]
-        mark_clipped_terminals(buffer, np.array([done]), infos, env)
+        mark_lost_terminals(buffer, np.array([done]), infos, env)
         buffer.add(np.full((1, 1), t), np.full((1, 1), t), np.zeros((1, 1)), np.zeros(1), np.array([done]), infos)
     layout = ObservationLayout(buffer.observation_space)
     for copy in (buffer, pickle.loads(pickle.dumps(buffer))):
         assert real_transitions(copy, layout, CPU).observations[:, 0].tolist() == [0, 1, 3]
     assert type(buffer) is ReplayBuffer
+
+
+@pytest.mark.parametrize("normalises", [False, True])
+def test_an_end_without_its_last_observation_is_left_out(normalises):
+    """SB3 stores the first observation of the next episode in its place, which no dynamics leads to."""
+    env = VecNormalize(DummyVecEnv([LineEnv])) if normalises else None
+    buffer = ReplayBuffer(10, LineEnv().observation_space, ACTION)
+    for t, (done, infos) in enumerate([(True, [{"terminal_observation": np.zeros(1)}]), (True, [{}]), (False, [{}])]):
+        mark_lost_terminals(buffer, np.array([done]), infos, env)
+        assert hasattr(buffer, "lost_terminals") == (t > 0)
+        buffer.add(np.full((1, 1), t), np.full((1, 1), t), np.zeros((1, 1)), np.zeros(1), np.array([done]), infos)
+    assert real_transitions(buffer, ObservationLayout(buffer.observation_space), CPU).observations[:, 0].tolist() == [0, 2]
 
 
 # ---------------------------------------------------------------- mixing
@@ -295,6 +310,44 @@ def test_every_batch_has_exactly_its_share_of_real_rows(space, generator, real_r
         assert batch.rewards.shape == batch.dones.shape == (batch_size, 1)
         assert int((batch.rewards <= 0).sum()) == n_real and int((batch.rewards >= 1000).sum()) == batch_size - n_real
         assert batch.discounts is None or n_real == 0
+
+
+def test_batches_are_drawn_a_block_at_a_time(generator):
+    """So that a call with many of them needs no more memory; none is drawn that nobody asks for."""
+    buffer = augmented(BOX, generator, 0.5)
+    drawn = []
+    sample = buffer.real.sample
+    buffer.real.sample = lambda n_rows, env: drawn.append(n_rows) or sample(n_rows, env)
+    batches = buffer.sample_batches(2 * BATCHES_AT_ONCE + 3, 6)
+    assert drawn == []
+    next(batches)
+    assert drawn == [3 * BATCHES_AT_ONCE]
+    assert len(list(batches)) == 2 * BATCHES_AT_ONCE + 2 and drawn == [3 * BATCHES_AT_ONCE] * 2 + [9]
+
+
+class WeightedSamples(NamedTuple):
+    weights: th.Tensor
+    observations: th.Tensor
+    actions: th.Tensor
+    next_observations: th.Tensor
+    dones: th.Tensor
+    rewards: th.Tensor
+    discounts: None
+
+
+class WeightedBuffer(ReplayBuffer):
+    """One of the user's, which tells more than SB3's."""
+
+    def _get_samples(self, batch_inds, env=None):
+        samples = super()._get_samples(batch_inds, env)
+        return WeightedSamples(np.ones(len(batch_inds)), *samples)
+
+
+def test_what_a_buffer_samples_beside_the_transitions_is_left_out(generator):
+    real = WeightedBuffer(40, BOX, ACTION)
+    for batch in augmented(BOX, generator, 0.3, real=real).sample_batches(4, 20):
+        assert type(batch) is ReplayBufferSamples
+        assert (batch.next_observations == batch.observations + 0.5).all()
 
 
 @pytest.mark.parametrize("space", [BOX, DICT], ids=["box", "dict"])

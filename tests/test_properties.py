@@ -20,7 +20,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from test_imagination import CountingDynamics, no_action, starts
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.buffers import ModelAugmentedReplayBuffer, count_usable, real_observations, real_transitions
+from sb3_mbpo.buffers import ModelAugmentedReplayBuffer, count_usable, draw_observations, real_transitions
 from sb3_mbpo.fit import MIN_TRANSITIONS, fit_termination
 from sb3_mbpo.imagination import imagine, imagine_round
 from sb3_mbpo.imagined_buffer import ImaginedBuffer
@@ -138,8 +138,10 @@ def test_real_transitions_are_a_list_of_the_last_steps(buffer_size, n_envs, n_st
     fields = [*(data.observations.T), *(data.actions.T), *(data.next_observations.T), data.rewards, data.terminated]
     got = list(zip(*(field.tolist() for field in fields), strict=True))
     assert got == [(b, b, b, b, b, f, f, f, r, done and not late) for b, f, r, done, late in expected]
-    observations = real_observations(buffer, ObservationLayout(space), CPU)
-    assert observations.dtype == th.float32 and observations.tolist() == [[begin] * 3 for begin in begins]
+    if begins:
+        observations = draw_observations(buffer, ObservationLayout(space), 20 * len(begins), th.Generator().manual_seed(0))
+        assert observations.dtype == th.float32 and observations.shape == (20 * len(begins), 3)
+        assert {tuple(row) for row in observations.tolist()} == {(begin,) * 3 for begin in begins}
 
 
 @repeatable(200)
@@ -162,7 +164,7 @@ def test_every_batch_has_its_share_and_its_rows_are_whole(
     def flat(part):
         return th.cat([part[key].reshape(batch_size, -1) for key in space.spaces], dim=1) if space is DICT else part
 
-    batches = buffer.sample_batches(n_batches, batch_size)
+    batches = list(buffer.sample_batches(n_batches, batch_size))
     assert len(batches) == n_batches
     for batch in batches:
         fields = [flat(batch.observations), batch.actions, flat(batch.next_observations), batch.rewards, batch.dones]
