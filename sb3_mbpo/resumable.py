@@ -30,7 +30,10 @@ class WrongAlgorithm:
         self.algorithm = algorithm
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError(f"This file was saved by {self.algorithm}: load it with `{self.algorithm}.load`.")
+        raise TypeError(
+            f"This file was saved by {self.algorithm}: load it with `{self.algorithm}.load`, or, if it belongs to a "
+            f"checkpoint, pass {self.algorithm} to `load_checkpoint`."
+        )
 
 
 class ResumableSAC(SAC):
@@ -100,12 +103,16 @@ class ResumableSAC(SAC):
     ) -> SelfResumableSAC:
         try:
             model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        except KeyError as error:
-            if error.args != ("policy.optimizer",):  # what SB3 asks for when the parameters do not fit
+        except (KeyError, RuntimeError) as error:
+            if error.args == ("policy.optimizer",):  # what SB3 asks for when the parameters have other names
+                misfit = error.__context__
+            elif "state_dict" in str(error):  # what PyTorch says when they have other shapes
+                misfit = error
+            else:
                 raise
             raise ValueError(
-                f"The file does not hold what {cls.__name__} needs. {error.__context__} If SAC saved it, load it with "
-                f"`SAC.load`; to go on from its policy, make a new {cls.__name__} with the same networks and call "
+                f"The file does not hold what {cls.__name__} needs. {misfit} Load it with the algorithm that saved it, such "
+                f"as `SAC.load`; to go on from SAC's policy, make a new {cls.__name__} with the same networks and call "
                 "`model.set_parameters(sac.get_parameters(), exact_match=False)`. Arguments that change the networks or "
                 "their optimizers cannot be changed on loading."
             ) from error

@@ -17,13 +17,13 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_mbpo.type_aliases import RewardFn, TerminationFn
 
 #: Wrappers that change neither observations, nor actions, nor rewards, nor terminations.
-_TRANSPARENT_WRAPPERS = {"Monitor", "RecordEpisodeStatistics", "RecordVideo"}
+_TRANSPARENT_WRAPPERS = "TimeLimit", "OrderEnforcing", "PassiveEnvChecker", "Monitor", "RecordEpisodeStatistics", "RecordVideo"
 
 
 def takes_tensors(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
     Marks a ``termination_fn`` or ``reward_fn`` that is written for torch: it gets float32 tensors on the model's
-    device and returns one. An unmarked function gets NumPy float32 arrays.
+    device and returns one, and leaves what it got as it is. An unmarked function gets NumPy float32 arrays of its own.
     """
 
     @functools.wraps(fn)
@@ -53,7 +53,7 @@ def evaluate_reward(fn: RewardFn, obs: th.Tensor, action: th.Tensor, next_obs: t
 
 def _evaluate(fn: Callable[..., Any], name: str, dtype: th.dtype, *arguments: th.Tensor) -> th.Tensor:
     in_torch = getattr(fn, "takes_tensors", False)
-    result = fn(*arguments) if in_torch else fn(*(argument.detach().cpu().numpy() for argument in arguments))
+    result = fn(*arguments) if in_torch else fn(*(argument.numpy(force=True).copy() for argument in arguments))
     batch, kind = len(arguments[0]), "bool" if dtype == th.bool else "float"
     expected_type = th.Tensor if in_torch else np.ndarray
     if not isinstance(result, expected_type):
@@ -97,18 +97,23 @@ def _identify(env: VecEnv | None) -> _Task | None:
     if not isinstance(env, VecEnv):
         raise ValueError(f"Expected a VecEnv, but got {type(env).__name__}: make it with SB3's `make_vec_env`.")
     try:
-        specs, inner_spaces = env.get_attr("spec"), env.get_attr("observation_space")
-    except AttributeError:
+        # as text: a `spec` may hold functions, which cannot be sent from another process
+        descriptions, inner_spaces = env.env_method("__str__"), env.get_attr("observation_space")
+    except (AttributeError, NotImplementedError, TypeError):  # a VecEnv that is not made of Gymnasium's environments
         return None
     if env.observation_space.shape != inner_spaces[0].shape:  # stacked frames, for example
         return None
-    if specs[0] is None or any(spec is None or spec.id != specs[0].id for spec in specs):
-        return None
-    wrappers = {wrapper.name for spec in specs for wrapper in spec.additional_wrappers}
-    match = re.fullmatch(r"(\w+)-v(\d+)", specs[0].id)
-    if match is None or wrappers - _TRANSPARENT_WRAPPERS:
-        return None
-    return _Task(match[1], int(match[2]), env)
+    first, *others = (_name_and_version(str(description)) for description in descriptions)
+    return _Task(*first, env) if first is not None and all(other == first for other in others) else None
+
+
+def _name_and_version(description: str) -> tuple[str, int] | None:
+    """
+    :param description: what Gymnasium calls an environment and its wrappers, ``<TimeLimit<PendulumEnv<Pendulum-v1>>>``
+    :return: ``("Pendulum", 1)``; ``None`` without an id, or with a wrapper that may change something
+    """
+    match = re.fullmatch(rf"<(?:(?:{'|'.join(_TRANSPARENT_WRAPPERS)})<)*\w+<(\w+)-v(\d+)>+", description)
+    return (match[1], int(match[2])) if match else None
 
 
 def known_termination_fn(env: VecEnv | None) -> TerminationFn | None:

@@ -476,6 +476,33 @@ def test_a_termination_rule_that_contradicts_the_environment_stops_the_first_fit
         make(termination_fn=lambda obs, action, next_obs: np.abs(next_obs[:, 0]) > 1.0).learn(80)
 
 
+def test_a_rule_agrees_where_vec_normalize_has_rounded_the_last_observation():
+    """An empty tank is stored as 5e-8 of fuel. A rule that is off by more than the rounding still is an error."""
+
+    class Rocket(gym.Env):
+        observation_space, action_space = spaces.Box(0.0, 10.0, (2,)), spaces.Box(-1.0, 1.0, (1,))
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.state = np.array([1.0, self.np_random.normal(5.0)], dtype=np.float32)
+            return self.state.copy(), {}
+
+        def step(self, action):
+            self.state[0] = max(self.state[0] - 0.3 * abs(action[0]), 0.0)
+            return self.state.copy(), 1.0, bool(self.state[0] <= 0.0), False, {}
+
+    def learn(empty: float) -> MBPO:
+        env = VecNormalize(make_vec_env(Rocket))
+        rule = lambda obs, action, next_obs: next_obs[:, 0] <= empty  # noqa: E731
+        return make(env, termination_fn=rule, learning_starts=300).learn(302)
+
+    buffer = learn(0.0).replay_buffer
+    last = buffer.next_observations[:300][buffer.dones[:300] > 0, 0]
+    assert len(last) > 10 and (last > 0.0).any() and np.abs(last).max() < 1e-6
+    with pytest.raises(ValueError, match="The termination rule disagrees"):
+        learn(0.1)
+
+
 def test_asking_too_early_is_explained():
     with pytest.raises(ValueError, match="Got 0 usable real transitions, but a fit needs 10"):
         make().fit_dynamics()

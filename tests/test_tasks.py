@@ -3,10 +3,11 @@ import numpy as np
 import pytest
 import torch as th
 from conftest import LineEnv
+from gymnasium.wrappers import TransformObservation
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
-from sb3_mbpo.tasks import known_reward_fn, known_termination_fn
+from sb3_mbpo.tasks import evaluate_termination, known_reward_fn, known_termination_fn
 
 WITH_POSITIONS = dict(exclude_current_positions_from_observation=False)
 SHORT_ANT = dict(include_cfrc_ext_in_observation=False)
@@ -124,6 +125,39 @@ def test_several_environments_in_processes_and_under_vec_normalize():
     pendulum = make_vec_env("InvertedDoublePendulum-v5", 2, vec_env_cls=SubprocVecEnv)
     assert known_termination_fn(pendulum) is not None
     pendulum.close()
+
+
+def test_an_environment_whose_spec_cannot_be_sent_from_another_process():
+    """The wrapper's function is part of the spec. A spec that is asked for would end the process."""
+
+    def make():
+        env = gym.make("Pendulum-v1")
+        return TransformObservation(env, lambda observation: 0.5 * observation, env.observation_space)
+
+    env = SubprocVecEnv([make, make])
+    assert known_termination_fn(env) is None
+    assert env.reset().shape == (2, 3)  # alive
+    env.close()
+
+
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError, TypeError])
+def test_a_vec_env_that_is_not_made_of_gymnasiums_environments_is_unknown(error):
+    class Foreign(DummyVecEnv):
+        def env_method(self, *args, **kwargs):
+            raise error
+
+    assert known_termination_fn(Foreign([lambda: gym.make("Hopper-v5")])) is None
+
+
+def test_user_functions_cannot_change_what_is_imagined():
+    observations = th.ones(3, 2)
+
+    def terminated(obs, action, next_obs):
+        next_obs[:, 0] *= 0.0
+        return next_obs[:, 0] > 0.5
+
+    assert not evaluate_termination(terminated, observations, observations, observations).any()
+    assert (observations == 1.0).all()
 
 
 class Doubled(gym.ObservationWrapper):
