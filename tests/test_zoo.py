@@ -95,16 +95,16 @@ def tiny(command: str) -> str:
 def test_the_commands_of_the_readme_run(tmp_path):
     """All with normalised observations."""
     said = zoo(tmp_path, *(tiny(command) for command in README))
-    assert len(said) == len(README) == 9 and "ValueError" not in "".join(said)
-    train, enjoy, go_on, _, table, curves, paper, optimize, trial = said
+    assert len(said) == len(README) == 10 and "ValueError" not in "".join(said)
+    train, enjoy, _, go_on, _, table, curves, paper, optimize, trial = said
     logs = tmp_path / "logs" / "mbpo"
     assert "hyperparams/mbpo.yml" in train and "dynamics/" in train and "300/300" in train
     for file in ("Pendulum-v1.zip", "best_model.zip", "replay_buffer.pkl", "Pendulum-v1/vecnormalize.pkl"):
         assert (logs / "Pendulum-v1_1" / file).exists(), file
     assert "Loading running average" in enjoy and "Mean reward" in enjoy
     assert "Loading replay buffer" in go_on and "Loading saved VecNormalize stats" in go_on
-    for run in ("Pendulum-v1_1", "Pendulum-v1_2", "Ant-v5_1"):
-        assert np.load(logs / run / "evaluations.npz")["timesteps"].tolist() == [150, 300]
+    for run in (logs / "Pendulum-v1_1", logs / "Pendulum-v1_2", tmp_path / "more/mbpo/Pendulum-v1_1", logs / "Ant-v5_1"):
+        assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [150, 300]
     assert re.search(r"\|Pendulum-v1 *\|-\d+ \+/- \d+\|", table) and "Computing bootstrap CI" in curves
     assert "hyperparams/mbpo_paper.yml" in paper and "('real_ratio', 0.05)" in paper
     sampled = "learning_rate gradient_steps target_entropy dynamics_train_freq rollout_length rollout_retain_steps real_ratio"
