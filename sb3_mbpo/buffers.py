@@ -20,7 +20,7 @@ from sb3_mbpo.type_aliases import Transitions
 
 Samples: TypeAlias = ReplayBufferSamples | DictReplayBufferSamples
 
-#: That are drawn and normalised together: enough to save time, few enough to save memory.
+#: Batches that are drawn and normalised together: enough to save time, few enough to save memory.
 BATCHES_AT_ONCE = 64
 
 
