@@ -30,10 +30,13 @@ def _flat(source: np.ndarray, slots: np.ndarray) -> np.ndarray:
     return flat
 
 
-def _flat_observations(source: Any, slots: np.ndarray, layout: ObservationLayout) -> np.ndarray:
-    """(buffer_size, n_envs, *shape), or a dict of them -> (slots * n_envs, obs_dim)"""
-    parts = {key: _flat(part, slots) for key, part in source.items()} if isinstance(source, dict) else _flat(source, slots)
-    return layout.flatten(parts)
+def _flat_observations(source: Any, where: Any, layout: ObservationLayout) -> np.ndarray:
+    """
+    (buffer_size, n_envs, *shape), or a dict of them -> (rows, obs_dim)
+
+    :param where: slots, of all environments; or slots and environments, one of each for each row
+    """
+    return layout.flatten({key: part[where] for key, part in source.items()} if isinstance(source, dict) else source[where])
 
 
 def _slots(buffer: ReplayBuffer) -> np.ndarray:
@@ -101,9 +104,8 @@ def draw_observations(buffer: ReplayBuffer, layout: ObservationLayout, n_rows: i
     """
     slots, n_envs = _slots(buffer), buffer.n_envs
     rows = th.randint(len(slots) * n_envs, (n_rows,), generator=generator, device=generator.device).numpy(force=True)
-    where, source = (slots[rows // n_envs], rows % n_envs), buffer.observations
-    drawn = {key: part[where] for key, part in source.items()} if isinstance(source, dict) else source[where]
-    return th.as_tensor(layout.flatten(drawn), device=generator.device)
+    where = slots[rows // n_envs], rows % n_envs
+    return th.as_tensor(_flat_observations(buffer.observations, where, layout), device=generator.device)
 
 
 def check_finite(
