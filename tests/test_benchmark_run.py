@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
@@ -222,6 +223,28 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert model.stat().st_mtime_ns == written
 
 
+def test_what_else_a_run_went_on_with_is_noted(tmp_path, monkeypatch):
+    run = make_run("stable_baselines3.SAC", steps=400)
+    folder = tmp_path / run.folder
+
+    def train_until(step, commit):
+        monkeypatch.setattr(training, "commit", lambda: commit)
+        monkeypatch.setattr(training, "StepsFile", lambda path: StopsAt(step))
+        with pytest.raises(Stopped):
+            train(run, tmp_path)
+        (folder / "steps.txt").write_text(str(step))
+        return json.loads((folder / "run.json").read_text())
+
+    assert "continued" not in train_until(150, "a") | train_until(250, "a")
+    assert [(again["stopped_at"], again["commit"]) for again in train_until(350, "b")["continued"]] == [(250, "b")]
+    monkeypatch.undo()
+    for _ in range(2):  # the second time it is finished
+        train(run, tmp_path)
+        info = json.loads((folder / "run.json").read_text())
+        assert [again["stopped_at"] for again in info["continued"]] == [250, 350] and info["commit"] == "a"
+        assert info["continued"][1].keys() == {"stopped_at", "versions", "commit", "machine", "date"}
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path):
     train(make_run(), tmp_path)
     with pytest.raises(ValueError, match=r"holds a run with \{'steps': 300\}, but .* is to have \{'steps': 500\}"):
@@ -297,13 +320,30 @@ def test_brackets_are_printed_as_they_are(tmp_path, message):
     assert f"{run}: " in printed and f"{again} failed: {OSError(message)!r}" in printed
 
 
-def test_a_killed_suite_goes_on_with_the_same_command(tmp_path):
-    """The command and its processes get SIGKILL in the middle of the second run."""
+@pytest.fixture
+def one_core(request) -> Iterator[list[str]]:
+    """Arguments of the command for one run at a time, on the backend of that name."""
+    if request.param == "local":
+        yield ["--jobs", "1"]
+        return
+    pytest.importorskip("ray", reason="needs the extra `ray`")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        yield ["--backend", "ray", "--address", cluster.address]
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.parametrize("one_core", ["local", "ray"], indirect=True)
+def test_a_killed_suite_goes_on_with_the_same_command(tmp_path, one_core):
+    """The command and its processes get SIGKILL in the middle of the second run; a cluster of Ray lives on."""
     path = tmp_path / "suite.yml"
     algorithm = {"class": "sb3_mbpo.MBPO", "settings": "mbpo", "kwargs": make_run().kwargs}
     content = {"eval_freq": 100, "eval_episodes": 1, "seeds": [0, 1], "environments": {"Pendulum-v1": {"steps": 300}}}
     path.write_text(yaml.safe_dump(content | {"algorithms": {"MBPO": algorithm}}))
-    command = [sys.executable, "-m", "sb3_mbpo.benchmark", "run", str(path), "--out", str(tmp_path / "out"), "--jobs", "1"]
+    command = [sys.executable, "-m", "sb3_mbpo.benchmark", "run", str(path), "--out", str(tmp_path / "out"), *one_core]
     first, second = load_suite(path)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=subprocess.DEVNULL)

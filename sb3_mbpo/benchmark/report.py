@@ -254,11 +254,8 @@ def _thresholds(benchmark: Benchmark, environment: str, decimals: int) -> list[s
 def _provenance(runs: Sequence[RunFiles]) -> str:
     values: dict[str, Counter[str]] = {}
     for run in runs:
-        info = run.info
-        entries = [*(info.get("versions") or {}).items(), *(info.get("machine") or {}).items()]
-        entries += [(name, info[name]) for name in ("commit", "date") if info.get(name) is not None]
-        for name, value in entries:
-            values.setdefault(name, Counter())[str(value)] += 1
+        for name, value in dict.fromkeys(_made_with(run)):
+            values.setdefault(name, Counter())[value] += 1
     rows = []
     for name, counter in values.items():
         if len(counter) == 1 and counter.total() == len(runs):
@@ -266,6 +263,14 @@ def _provenance(runs: Sequence[RunFiles]) -> str:
         else:
             rows.append([name, "; ".join(f"{value} ({count(number, 'run')})" for value, number in sorted(counter.items()))])
     return _table(["", "value"], rows) if rows else "The runs do not say."
+
+
+def _made_with(run: RunFiles) -> Iterable[tuple[str, str]]:
+    """:return: names and values of what the run was made with, then of what it went on with"""
+    for info in [run.info, *run.info.get("continued", [])]:
+        entries = [*(info.get("versions") or {}).items(), *(info.get("machine") or {}).items()]
+        entries += [(name, info[name]) for name in ("commit", "date") if info.get(name) is not None]
+        yield from ((name, str(value)) for name, value in entries)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -1,7 +1,7 @@
 """
 One run of a suite, from its start or from where it was stopped, to its end. Its folder holds
 
-- ``run.json``: the run, the versions, the commit and the machine,
+- ``run.json``: the run, the versions, the commit and the machine, and those it went on with, if they were others,
 - ``evaluations.csv``: a row for each evaluation,
 - ``checkpoint``: while it is under way, and ``model.zip`` when it has ended,
 - ``steps.txt``: the environment steps so far, for whoever watches, and ``log.txt``: what it printed, and where it failed.
@@ -50,6 +50,7 @@ def train(run: Run, results: Path) -> None:
         try:
             _claim(run, folder)
             if not is_finished(run, results):
+                _note_what_goes_on(run, results)
                 _train(run, folder)
         except Exception:
             traceback.print_exc()
@@ -87,15 +88,27 @@ def _claim(run: Run, folder: Path) -> None:
             "Choose another folder for the results, or delete this one."
         )
     path = folder / "run.json"
-    if path.exists():
-        return
-    made_with = {
+    if not path.exists():
+        write_whole(path, json.dumps(asdict(run) | _made_with(), indent=2))
+
+
+def _note_what_goes_on(run: Run, results: Path) -> None:
+    """Adds to ``continued`` in ``run.json`` with what else than before the run goes on, and where it had stopped."""
+    path = results / run.folder / "run.json"
+    info, now = json.loads(path.read_text()), _made_with()
+    before = [info, *info.get("continued", [])][-1]
+    if any(before.get(name) != now[name] for name in ("versions", "commit", "machine")):
+        info.setdefault("continued", []).append({"stopped_at": steps_so_far(run, results)} | now)
+        write_whole(path, json.dumps(info, indent=2))
+
+
+def _made_with() -> dict[str, Any]:
+    return {
         "versions": versions(),
         "commit": commit(),
         "machine": {"processor": processor(), "cores": os.cpu_count()},
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
-    write_whole(path, json.dumps(asdict(run) | made_with, indent=2))
 
 
 def _differences(run: Run, folder: Path) -> dict[str, tuple[Any, Any]]:
