@@ -168,6 +168,10 @@ def test_normalize_is_read_as_keyword_arguments(written, read, tmp_path):
             "Line-v0: {n_timesteps: 10, policy: MlpPolicy, normalize: 5}",
             "a YAML mapping as `normalize`, but got 5",
         ),
+        (
+            "Line-v0: {n_timesteps: 10, policy: MlpPolicy, policy_kwargs: 'dict(net_arch=[64])'}",
+            r"a YAML mapping as `policy_kwargs` of 'Line-v0' in .*own.yml, but got 'dict\(net_arch=\[64\]\)'",
+        ),
         ("Line-v0: [", "own.yml is no YAML file: while parsing"),
         ("[Line-v0]", r"Expected a YAML mapping in .*own.yml, but got \['Line-v0'\]"),
         ("Line-v0: 5", "own.yml needs a mapping for 'Line-v0', but it has 5"),

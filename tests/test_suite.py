@@ -92,6 +92,27 @@ def test_all_algorithms_see_the_environment_of_the_settings(tmp_path):
     assert load_suite(write(tmp_path, environments={"Ant-v5": own}))[1].env_kwargs == {"healthy_reward": 2.0}
 
 
+def test_settings_of_another_environment_are_refused(tmp_path):
+    """Unless the suite says which environment it is."""
+    settings = tmp_path / "mine.yml"
+    settings.write_text("default: {n_timesteps: 9, policy: MlpPolicy, env_kwargs: {g: 5.0}}")
+    algorithms = {"SAC": {"class": "stable_baselines3.SAC", "settings": str(settings)}}
+    with pytest.raises(ValueError, match=r"have env_kwargs \{'g': 5.0\} for Pendulum-v1, but \{\} are usual. Write those"):
+        load_suite(write(tmp_path, algorithms=algorithms))
+    environments = {"Pendulum-v1": {"steps": 10, "env_kwargs": {"g": 9.0}}}
+    assert load_suite(write(tmp_path, algorithms=algorithms, environments=environments))[0].env_kwargs == {"g": 9.0}
+
+
+def test_settings_that_no_algorithm_has_are_refused(tmp_path):
+    """The Zoo has some, such as ``env_wrapper``, that would make another task."""
+    settings = tmp_path / "mine.yml"
+    settings.write_text("default: {n_timesteps: 9, policy: MlpPolicy, env_wrapper: [my.Wrapper]}")
+    for class_name in ("stable_baselines3.SAC", "sb3_mbpo.MBPO"):
+        algorithms = {"A": {"class": class_name, "settings": str(settings)}}
+        with pytest.raises(ValueError, match=r"has no parameters \['env_wrapper'\]"):
+            load_suite(write(tmp_path, algorithms=algorithms))
+
+
 @pytest.mark.parametrize("normalize, expected", [(True, {}), (False, None), ({"norm_reward": False}, {"norm_reward": False})])
 def test_an_algorithm_may_be_normalised(tmp_path, normalize, expected):
     algorithm = {"class": "sb3_mbpo.MBPO", "normalize": normalize, "n_envs": 4}

@@ -32,6 +32,32 @@ for command in sys.argv[1:]:
     except ValueError as error:
         print("ValueError:", error)
 """
+#: Reads all settings both ways, and prints those of which the Zoo makes something else than the benchmark.
+READERS = """
+from argparse import Namespace
+from stable_baselines3.common.utils import FloatSchedule
+from sb3_mbpo.hyperparams import FOLDER, as_arguments, load_settings, read_yaml
+from sb3_mbpo.zoo import Experiment
+
+def comparable(arguments):
+    rate = FloatSchedule(arguments.get("learning_rate", 0.0))
+    arguments["learning_rate"] = [round(rate(remaining), 12) for remaining in (1.0, 0.7, 0.0)]
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+
+for name in ("mbpo", "mbpo_paper", "dhmbpo"):
+    for entry in read_yaml(FOLDER / f"{name}.yml"):
+        env_id = "Reacher-v5" if entry == "default" else entry  # it is not listed
+        args = Namespace(conf_file=name, env_kwargs=None, eval_env_kwargs=None)
+        zoo = Experiment(args, name.split("_")[0], env_id, log_folder="logs", verbose=0)
+        kwargs, *_ = zoo._preprocess_hyperparams(zoo.read_hyperparameters()[0])
+        zoo.normalize_kwargs.pop("gamma", None)  # of returns, which no file normalises
+        normalize = zoo.normalize_kwargs if zoo.normalize else None
+        of_zoo = zoo.n_timesteps, zoo.n_envs, zoo.env_kwargs, normalize, comparable(kwargs)
+        ours = load_settings(env_id, name)
+        arguments = {"policy": ours.policy, **as_arguments(ours.kwargs)}
+        of_ours = ours.n_timesteps, ours.n_envs, ours.env_kwargs, ours.normalize, comparable(arguments)
+        print("SAME" if of_zoo == of_ours else ("DIFFERENT", env_id, of_zoo, of_ours))
+"""
 #: Tasks of 10 steps that render as grey. From the 61st step of the process on, "Breaks-v0" shows NaN.
 TASKS = """
 import gymnasium as gym
@@ -176,6 +202,13 @@ def test_other_algorithms_and_own_settings_are_left_alone(tmp_path):
     )
     assert "('tau', 0.125)" in by_path and "('tau', 0.375)" in by_module
     assert "sac.yml" in sac and (tmp_path / "logs/sac/Short-v0_1/Short-v0.zip").exists()
+
+
+def test_the_zoo_makes_of_all_settings_what_the_benchmark_does(tmp_path):
+    line = [sys.executable, "-c", READERS]
+    done = subprocess.run(line, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "DIFFERENT" not in done.stdout and done.stdout.count("SAME") == 3 * 11, done.stdout
 
 
 def test_dhmbpo_is_known_with_its_own_settings_and_search(tmp_path):

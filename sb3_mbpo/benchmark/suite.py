@@ -12,7 +12,8 @@ Suites: YAML files that say what to run, algorithms by environments by seeds::
 
 An environment of yours is written as Gymnasium does, ``my_package:MyEnv-v0``: the module registers it when it is imported. An
 environment may have its own ``eval_freq`` and ``eval_episodes``; ``env_kwargs`` for ``gymnasium.make`` are those of
-``hyperparams/mbpo.yml`` unless it says otherwise. ``scores`` are the returns that count as 0 and 1 in a report.
+``hyperparams/mbpo.yml`` unless it says otherwise, the same for all algorithms. ``scores`` are the returns that count as 0 and
+1 in a report.
 
 An algorithm's ``settings`` are a file in ``hyperparams`` or one of yours. An algorithm other than MBPO takes from it what it
 knows (the warm-up, the updates per step, the target entropy, what is normalised), and MBPO's defaults for the first two: so
@@ -147,6 +148,12 @@ def _make_run(
     settings = Settings(usual.n_timesteps, "MlpPolicy", 1, {}, None, {})
     if "settings" in of_algorithm:
         settings = load_settings(env_id, of_algorithm["settings"])
+        if "env_kwargs" not in of_environment and settings.env_kwargs != usual.env_kwargs:
+            raise ValueError(
+                f"The settings {of_algorithm['settings']!r} have env_kwargs {settings.env_kwargs} for {environment}, but "
+                f"{usual.env_kwargs} are usual. Write those that all algorithms are to have as `env_kwargs` of the suite's "
+                "environment."
+            )
     steps = check_positive("steps", of_environment["steps"])
     return Run(
         environment=environment,
@@ -189,7 +196,8 @@ def _keyword_arguments(of_algorithm: Mapping[str, Any], settings: Settings) -> d
     if "settings" in of_algorithm and not issubclass(algorithm, MBPO):
         of_mbpo = inspect.signature(MBPO).parameters
         defaults = {name: of_mbpo[name].default for name in ("learning_starts", "gradient_steps")}
-        kwargs = {name: value for name, value in {**defaults, **kwargs}.items() if name in known}
+        only_of_mbpo = set(of_mbpo) - known
+        kwargs = {name: value for name, value in {**defaults, **kwargs}.items() if name not in only_of_mbpo}
     kwargs = {**kwargs, **of_algorithm.get("kwargs", {})}
     if unknown := set(kwargs) - known:
         raise ValueError(f"{of_algorithm['class']} has no parameters {sorted(unknown)}; it has {sorted(known)}.")

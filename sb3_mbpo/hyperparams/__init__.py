@@ -48,8 +48,8 @@ def load_settings(env_id: str, name: str | Path = "mbpo") -> Settings:
     :param name: see :func:`settings_file`
     :return: what the file says about the environment
     :raises ValueError: when there is no such file, it is no YAML mapping of mappings, neither the environment nor a
-        ``default`` is in it, or no ``n_timesteps`` or ``policy`` there; or when ``normalize`` is Python code in a string,
-        which only the Zoo runs
+        ``default`` is in it, or no ``n_timesteps`` or ``policy`` there; or when ``normalize``, or keyword arguments such as
+        ``policy_kwargs``, are Python code in a string, which only the Zoo runs
     """
     path = settings_file(name)
     content = read_yaml(path)
@@ -61,6 +61,9 @@ def load_settings(env_id: str, name: str | Path = "mbpo") -> Settings:
     missing = sorted({"n_timesteps", "policy"} - set(found))
     if missing:
         raise ValueError(f"{path} has no {missing} for {env_id!r}: add them.")
+    for argument, value in found.items():
+        if argument.endswith("_kwargs") and not isinstance(value, dict):
+            raise ValueError(f"Expected a YAML mapping as `{argument}` of {env_id!r} in {path}, but got {value!r}.")
     kwargs = dict(found)
     normalize = normalize_kwargs(kwargs.pop("normalize", False))
     n_timesteps, policy = int(kwargs.pop("n_timesteps")), kwargs.pop("policy")
