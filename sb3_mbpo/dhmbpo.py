@@ -56,7 +56,7 @@ class DHMBPO(MBPO):
         between its layers, and five critics
     :param rollout_length: steps of the long rollouts
     :param rollout_batch_size: rollouts per round. The states of the last ten rounds are kept, until the next fit
-    :param rollout_freq: updates between two rounds
+    :param rollout_freq: updates between two rounds, those of the critics alone not counted
     :param gradient_horizon: H, differentiable steps from each start state
     :param reward_fn: as for MBPO, but written for torch and marked with ``sb3_mbpo.takes_tensors``, as the policy learns
         through it

@@ -55,7 +55,7 @@ class ValueBounds(nn.Module):
     """
     Between which values the target critics are believed: what a task without end would pay if each step paid the 1 % or the
     99 % quantile of the rewards with their entropies. 0, the value of a task that has ended, always lies between them. Without
-    a discount, and before the first update, there are no bounds.
+    a discount, and until one of the quantiles is not 0, there are no bounds.
 
     Their distance is also the unit of what the critics put out, so that values of hundreds are learned as soon as values of
     tenths.
@@ -73,15 +73,17 @@ class ValueBounds(nn.Module):
         """
         Moves the bounds by ``BOUNDS_RATE`` towards those of a batch.
 
-        :param soft_rewards: (batch,), rewards with their entropies
+        :param soft_rewards: (batch,), rewards with their entropies; perhaps none
         :param gamma: discount factor
         """
         if gamma == 1.0:
             self.lowest.fill_(-th.inf)
             self.highest.fill_(th.inf)
-        if gamma == 1.0 or not soft_rewards.any():  # without any reward yet there is no unit
+        if gamma == 1.0 or not len(soft_rewards):
             return
         low, high = th.quantile(soft_rewards, soft_rewards.new_tensor([0.01, 0.99])) / (1 - gamma)
+        if not (low < 0.0 or high > 0.0):  # hardly any reward yet, and so no unit
+            return
         for bound, newest in ((self.lowest, low.clamp(max=0.0)), (self.highest, high.clamp(min=0.0))):
             bound.copy_(th.where(bound.isinf(), newest, bound.lerp(newest.to(bound.dtype), BOUNDS_RATE)))
 

@@ -246,8 +246,8 @@ def test_value_bounds_are_those_of_quantiles_and_move_slowly():
     bounds.update(th.linspace(-1.0, 3.0, 401), gamma=1.0)
     assert bounds.scale(th.tensor([2.5])) == 2.5
     assert (bounds.clamp(unbounded) == unbounded).all()  # without a discount, and before the first update
-    for nothing in (th.zeros(5), th.zeros(0)):
-        bounds.update(nothing, gamma=0.9)  # no unit yet
+    for hardly_any in (th.zeros(5), th.zeros(0), th.eye(1, 1000).squeeze(), -th.eye(1, 1000).squeeze()):
+        bounds.update(hardly_any, gamma=0.9)  # no unit yet: bounds of 0 would hide all values
     assert bounds.scale(th.tensor([2.5])) == 2.5 and (bounds.clamp(unbounded) == unbounded).all()
     bounds.update(th.linspace(-1.0, 3.0, 401), gamma=0.9)
     assert bounds.clamp(unbounded).tolist() == pytest.approx([-9.6, 29.6], rel=1e-4)
