@@ -107,6 +107,17 @@ def test_the_results_are_what_the_runs_have_written():
     assert not shown
 
 
+def test_the_results_beside_the_published_ones_are_what_the_runs_have_written():
+    """At the same steps, wherever seeds 0 to 2 are all there."""
+    header, rows = table("| task | at step |")
+    evaluations = load_results(ROOT / ".results").groupby(["environment", "algorithm", "steps"])["return_mean"]
+    returns = {name: of_seeds for name, of_seeds in evaluations if len(of_seeds) == 3}
+    for task, step, *cells in rows:
+        for published, cell in zip(header[2::2], cells[1::2], strict=True):
+            found = returns.get((task, published.split()[0], int(step)))
+            assert cell == ("" if found is None else f"{found.mean():.0f} \N{PLUS-MINUS SIGN} {found.std():.0f}")
+
+
 def test_the_table_of_dhmbpo_is_what_the_runs_have_written():
     """The mean of the last three evaluations that each of seeds 0 to 2 has at these steps."""
     _, rows = table("| task | environment steps | seeds 0; 1; 2 |")
