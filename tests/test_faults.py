@@ -33,8 +33,9 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])
 @pytest.mark.parametrize("error", [Stop(), OSError(errno.ENOSPC, "No space left on device")], ids=["killed", "full"])
-def test_at_every_write_of_a_checkpoint_a_whole_one_is_there(call, error, tmp_path, monkeypatch):
-    model = make(line(), buffer_size=200).learn(60)
+@both
+def test_at_every_write_of_a_checkpoint_a_whole_one_is_there(algorithm, call, error, tmp_path, monkeypatch):
+    model = make(line(), algorithm=algorithm, buffer_size=200).learn(60)
     save_checkpoint(model, tmp_path / "before", keep=1)
     model.learn(20, reset_num_timesteps=False)
     original, steps, broken = getattr(os, call), [], True
@@ -56,7 +57,7 @@ def test_at_every_write_of_a_checkpoint_a_whole_one_is_there(call, error, tmp_pa
             except (Stop, OSError) as raised:
                 broken = True
                 assert isinstance(raised, Stop) or "No space left on device: the checkpoint" in str(raised)
-        steps.append(load_checkpoint(folder, line()).num_timesteps)
+        steps.append(load_checkpoint(folder, line(), algorithm).num_timesteps)
     # some ten writes until the new one takes its place; whatever comes after does not matter any more
     assert steps.count(60) >= 8 and steps == sorted(steps) and steps[-1] == 80
 

@@ -19,7 +19,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from test_imagination import CountingDynamics, no_action, starts
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.buffers import ModelAugmentedReplayBuffer, count_usable, draw_observations, real_transitions
 from sb3_mbpo.fit import MIN_TRANSITIONS, fit_termination
 from sb3_mbpo.imagination import imagine, imagine_round
@@ -325,4 +325,59 @@ def test_any_settings_learn_and_count_exactly(n_envs, kwargs):
     delay = 1 if model.idle_reason() else kwargs["policy_delay"]
     assert (model.idle_reason() is None) == (slots * n_envs >= MIN_TRANSITIONS)
     assert n_updates(model.actor.optimizer) == n_updates(model.ent_coef_optimizer) == {-(-updates // delay)}
+    assert all(part.isfinite().all() for part in [*model.policy.parameters(), model.log_ent_coef, *ring.newest(len(ring))])
+
+
+@repeatable(40, phases=[Phase.generate])
+@given(
+    st.integers(1, 4), st.fixed_dictionaries(dict(
+        buffer_size=sizes | st.integers(1, 400), batch_size=st.integers(1, 300), learning_starts=st.integers(1, 40),
+        train_freq=st.integers(1, 7), gradient_steps=st.sampled_from([-1, 1, 3]),
+        rollout_length=st.integers(1, 5) | schedules(100, 5), rollout_batch_size=st.integers(1, 200),
+        rollout_freq=st.integers(1, 50), gradient_horizon=st.integers(1, 3), dynamics_train_freq=st.integers(1, 50),
+        termination_fn=st.sampled_from([None, lambda obs, action, following: abs(following[:, 0]) > 3]),
+    )),
+)  # fmt: skip
+def test_any_settings_of_dhmbpo_learn_and_count_exactly(n_envs, kwargs):
+    dynamics_kwargs = ACTIVE["dynamics_kwargs"] | dict(max_gradient_steps=3)
+    tiny = dict(policy_kwargs=dict(net_arch=[4], n_critics=2), dynamics_kwargs=dynamics_kwargs, seed=0, device="cpu")
+    imagined_at = []
+
+    class Noting(DHMBPO):
+        def imagine(self):
+            imagined_at.append((self.num_timesteps, self._n_updates))
+            return super().imagine()
+
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("error")
+        patch.setattr("sb3_mbpo.fit.fit_termination", partial(fit_termination, gradient_steps=3))
+        model = Noting("MlpPolicy", make_vec_env(LineEnv, n_envs), **tiny, **kwargs).learn(83)
+
+    per_call, freq = kwargs["train_freq"] * n_envs, kwargs["dynamics_train_freq"]
+    slots = max(1, kwargs["buffer_size"] // n_envs)
+    steps = updates = fits = last_fit = last_round = 0
+    rounds = []
+    while steps < 83:
+        steps += per_call
+        if steps <= kwargs["learning_starts"]:
+            continue
+        is_enough = min(steps // n_envs, slots) * n_envs >= MIN_TRANSITIONS
+        is_idle = slots * n_envs < MIN_TRANSITIONS  # it runs as SAC
+        if is_enough and (fits == 0 or steps // freq > last_fit // freq):
+            fits, last_fit, last_round = fits + 1, steps, updates
+            rounds.append((steps, updates))
+        if is_idle or fits:
+            for _ in range(per_call if kwargs["gradient_steps"] == -1 else kwargs["gradient_steps"]):
+                if fits and updates - last_round >= kwargs["rollout_freq"]:
+                    last_round = updates
+                    rounds.append((steps, updates))
+                updates += 1
+
+    ring = model.imagined_buffer
+    assert model.num_timesteps == steps and imagined_at == rounds
+    assert n_updates(model.dynamics_optimizer) == ({3 * fits} if fits else set())
+    length = plain_length(rounds[-1][0] if rounds else 0, kwargs["rollout_length"])
+    assert ring.capacity == 10 * kwargs["rollout_batch_size"] * length
+    assert {model._n_updates} == n_updates(model.actor.optimizer) == n_updates(model.ent_coef_optimizer) == {updates}
+    assert n_updates(model.critic.optimizer) == {updates + fits * round(freq / 4)}
     assert all(part.isfinite().all() for part in [*model.policy.parameters(), model.log_ent_coef, *ring.newest(len(ring))])
