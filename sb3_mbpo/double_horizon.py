@@ -71,7 +71,7 @@ class ValueBounds(nn.Module):
 
     def update(self, soft_rewards: th.Tensor, gamma: float) -> None:
         """
-        Moves the bounds by ``BOUNDS_RATE`` towards those of a batch.
+        Moves the bounds by ``BOUNDS_RATE`` towards those of a batch, unless these are both 0.
 
         :param soft_rewards: (batch,), rewards with their entropies; perhaps none
         :param gamma: discount factor
@@ -82,7 +82,7 @@ class ValueBounds(nn.Module):
         if gamma == 1.0 or not len(soft_rewards):
             return
         low, high = th.quantile(soft_rewards, soft_rewards.new_tensor([0.01, 0.99])) / (1 - gamma)
-        if not (low < 0.0 or high > 0.0):  # hardly any reward yet, and so no unit
+        if not (low < 0.0 or high > 0.0):  # hardly any step pays, which gives no unit
             return
         for bound, newest in ((self.lowest, low.clamp(max=0.0)), (self.highest, high.clamp(min=0.0))):
             bound.copy_(th.where(bound.isinf(), newest, bound.lerp(newest.to(bound.dtype), BOUNDS_RATE)))

@@ -223,26 +223,30 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert model.stat().st_mtime_ns == written
 
 
-def test_what_else_a_run_went_on_with_is_noted(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_with_something_else_says_so(tmp_path, monkeypatch):
+    """It begins anew at commit "b", goes on from its checkpoint at "b", then at "c"."""
     run = make_run("stable_baselines3.SAC", steps=400)
-    folder = tmp_path / run.folder
 
     def train_until(step, commit):
-        monkeypatch.setattr(training, "commit", lambda: commit)
-        monkeypatch.setattr(training, "StepsFile", lambda path: StopsAt(step))
-        with pytest.raises(Stopped):
-            train(run, tmp_path)
-        (folder / "steps.txt").write_text(str(step))
-        return json.loads((folder / "run.json").read_text())
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "commit", lambda: commit)
+            patch.setattr(training, "StepsFile", lambda path: StopsAt(step))
+            with contextlib.suppress(Stopped):
+                train(run, tmp_path)
+        info = json.loads((tmp_path / run.folder / "run.json").read_text())
+        return info, [(again["from_step"], again["commit"]) for again in info.get("continued", [])]
 
-    assert "continued" not in train_until(150, "a") | train_until(250, "a")
-    assert [(again["stopped_at"], again["commit"]) for again in train_until(350, "b")["continued"]] == [(250, "b")]
-    monkeypatch.undo()
-    for _ in range(2):  # the second time it is finished
-        train(run, tmp_path)
-        info = json.loads((folder / "run.json").read_text())
-        assert [again["stopped_at"] for again in info["continued"]] == [250, 350] and info["commit"] == "a"
-        assert info["continued"][1].keys() == {"stopped_at", "versions", "commit", "machine", "date"}
+    for step, first, later, expected in (
+        (50, "a", "a", []),
+        (150, "b", "b", []),
+        (250, "b", "b", []),
+        (350, "b", "c", [(200, "c")]),
+    ):
+        info, continued = train_until(step, later)
+        assert info["commit"] == first and continued == expected
+    assert info["continued"][0].keys() == {"from_step", "versions", "commit", "machine", "date"}
+    assert train_until(1000, "d")[1] == [(200, "c"), (300, "d")] and is_finished(run, tmp_path)
+    assert train_until(1000, "e")[1] == [(200, "c"), (300, "d")]  # it was finished
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
@@ -341,23 +345,24 @@ def test_a_killed_suite_goes_on_with_the_same_command(tmp_path, one_core):
     """The command and its processes get SIGKILL in the middle of the second run; a cluster of Ray lives on."""
     path = tmp_path / "suite.yml"
     algorithm = {"class": "sb3_mbpo.MBPO", "settings": "mbpo", "kwargs": make_run().kwargs}
-    content = {"eval_freq": 100, "eval_episodes": 1, "seeds": [0, 1], "environments": {"Pendulum-v1": {"steps": 300}}}
+    content = {"eval_freq": 100, "eval_episodes": 1, "seeds": [0, 1], "environments": {"Pendulum-v1": {"steps": 600}}}
     path.write_text(yaml.safe_dump(content | {"algorithms": {"MBPO": algorithm}}))
     command = [sys.executable, "-m", "sb3_mbpo.benchmark", "run", str(path), "--out", str(tmp_path / "out"), *one_core]
     first, second = load_suite(path)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
     while not checkpoints(tmp_path / "out" / second.folder / "checkpoint"):
-        assert process.poll() is None
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = rows(second, tmp_path / "out")
     assert is_finished(first, tmp_path / "out") and not is_finished(second, tmp_path / "out")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "1 of 2 runs are finished already" in done.stdout and f"{second}: " in done.stdout
-    assert rows(second, tmp_path / "out").steps.tolist() == [100, 200, 300]
+    assert rows(second, tmp_path / "out").steps.tolist() == list(range(100, 601, 100))
     assert rows(second, tmp_path / "out").seconds[0] == before.seconds[0]  # it went on, instead of beginning anew
 
 

@@ -328,7 +328,7 @@ def test_any_settings_learn_and_count_exactly(n_envs, kwargs):
     assert all(part.isfinite().all() for part in [*model.policy.parameters(), model.log_ent_coef, *ring.newest(len(ring))])
 
 
-@repeatable(40, phases=[Phase.generate])
+@repeatable(20, phases=[Phase.generate])
 @given(
     st.integers(1, 4), st.fixed_dictionaries(dict(
         buffer_size=sizes | st.integers(1, 400), batch_size=st.integers(1, 300), learning_starts=st.integers(1, 40),

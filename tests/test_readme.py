@@ -110,8 +110,8 @@ def test_the_results_are_what_the_runs_have_written():
 def test_the_results_beside_the_published_ones_are_what_the_runs_have_written():
     """At the same steps, wherever seeds 0 to 2 are all there."""
     header, rows = table("| task | at step |")
-    evaluations = load_results(ROOT / ".results").groupby(["environment", "algorithm", "steps"])["return_mean"]
-    returns = {name: of_seeds for name, of_seeds in evaluations if len(of_seeds) == 3}
+    evaluations = load_results(ROOT / ".results").groupby(["environment", "algorithm", "steps"])
+    returns = {name: part["return_mean"] for name, part in evaluations if sorted(part["seed"]) == [0, 1, 2]}
     for task, step, *cells in rows:
         for published, cell in zip(header[2::2], cells[1::2], strict=True):
             found = returns.get((task, published.split()[0], int(step)))

@@ -489,7 +489,7 @@ def test_what_it_was_run_with_lists_all_values(tmp_path):
 def test_a_run_that_went_on_with_something_else_counts_for_both(tmp_path):
     """And once for what stayed."""
     first = dict(versions={"torch": "2.11.0"}, machine={"cores": 2}, commit="abc")
-    second = dict(versions={"torch": "2.13.0"}, machine={"cores": 2}, commit="def", stopped_at=100)
+    second = dict(versions={"torch": "2.13.0"}, machine={"cores": 2}, commit="def", from_step=100)
     write_run(tmp_path, "E", "SAC", 0, [1.0], **first, continued=[second])
     write_run(tmp_path, "E", "SAC", 1, [1.0], **first)
     assert table_after(report_of(tmp_path), "## What it was run with") == {

@@ -68,7 +68,7 @@ def test_sac_with_the_settings_of_mbpo_gets_what_it_knows_and_the_updates(tmp_pa
     """What the settings leave out, MBPO has by default, and SAC must have it too."""
     settings = tmp_path / "mine.yml"
     of_mbpo = {"n_timesteps": 9, "policy": "MlpPolicy", "rollout_length": 3, "target_entropy": -0.5, "learning_starts": 77}
-    settings.write_text(yaml.safe_dump({"default": of_mbpo}))
+    settings.write_text(yaml.safe_dump({"default": {**of_mbpo, "gradient_horizon": 2}}))  # DHMBPO's
     algorithm = {"class": "stable_baselines3.SAC", "settings": str(settings), "kwargs": {"tau": 0.1}}
     run = load_suite(write(tmp_path, algorithms={"SAC": algorithm}))[0]
     ratio = inspect.signature(MBPO).parameters["gradient_steps"].default
@@ -95,12 +95,14 @@ def test_all_algorithms_see_the_environment_of_the_settings(tmp_path):
 def test_settings_of_another_environment_are_refused(tmp_path):
     """Unless the suite says which environment it is."""
     settings = tmp_path / "mine.yml"
-    settings.write_text("default: {n_timesteps: 9, policy: MlpPolicy, env_kwargs: {g: 5.0}}")
+    settings.write_text("{default: {n_timesteps: 9, policy: M, env_kwargs: {g: 5.0}}, Ant-v5: {n_timesteps: 9, policy: M}}")
     algorithms = {"SAC": {"class": "stable_baselines3.SAC", "settings": str(settings)}}
     with pytest.raises(ValueError, match=r"have env_kwargs \{'g': 5.0\} for Pendulum-v1, but \{\} are usual. Write those"):
         load_suite(write(tmp_path, algorithms=algorithms))
     environments = {"Pendulum-v1": {"steps": 10, "env_kwargs": {"g": 9.0}}}
     assert load_suite(write(tmp_path, algorithms=algorithms, environments=environments))[0].env_kwargs == {"g": 9.0}
+    silent = load_suite(write(tmp_path, algorithms=algorithms, environments={"Ant-v5": {"steps": 10}}))[0]
+    assert silent.env_kwargs == load_settings("Ant-v5").env_kwargs
 
 
 def test_settings_that_no_algorithm_has_are_refused(tmp_path):

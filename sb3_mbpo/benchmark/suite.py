@@ -15,10 +15,10 @@ environment may have its own ``eval_freq`` and ``eval_episodes``; ``env_kwargs``
 ``hyperparams/mbpo.yml`` unless it says otherwise, the same for all algorithms. ``scores`` are the returns that count as 0 and
 1 in a report.
 
-An algorithm's ``settings`` are a file in ``hyperparams`` or one of yours. An algorithm other than MBPO takes from it what it
-knows (the warm-up, the updates per step, the target entropy, what is normalised), and MBPO's defaults for the first two: so
-SAC runs at MBPO's ratio of updates to steps, and nothing but the model is missing. ``kwargs`` go on top, ``normalize`` and
-``n_envs`` replace those of the settings.
+An algorithm's ``settings`` are a file in ``hyperparams`` or one of yours. An algorithm other than MBPO takes from it all (the
+warm-up, the updates per step, the target entropy, what is normalised) but what only MBPO and DHMBPO have, and MBPO's defaults
+for the first two: so SAC runs at MBPO's ratio of updates to steps, and nothing but the model is missing. ``kwargs`` go on
+top, ``normalize`` and ``n_envs`` replace those of the settings.
 """
 
 import importlib
@@ -32,7 +32,7 @@ from typing import Any
 import gymnasium as gym
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_mbpo import MBPO
+from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.benchmark.results import check_scores
 from sb3_mbpo.hyperparams import Settings, load_settings, normalize_kwargs, read_yaml
 from sb3_mbpo.schedules import check_positive
@@ -148,7 +148,7 @@ def _make_run(
     settings = Settings(usual.n_timesteps, "MlpPolicy", 1, {}, None, {})
     if "settings" in of_algorithm:
         settings = load_settings(env_id, of_algorithm["settings"])
-        if "env_kwargs" not in of_environment and settings.env_kwargs != usual.env_kwargs:
+        if "env_kwargs" not in of_environment and settings.env_kwargs not in ({}, usual.env_kwargs):
             raise ValueError(
                 f"The settings {of_algorithm['settings']!r} have env_kwargs {settings.env_kwargs} for {environment}, but "
                 f"{usual.env_kwargs} are usual. Write those that all algorithms are to have as `env_kwargs` of the suite's "
@@ -191,13 +191,14 @@ def _registered(environment: str) -> str:
 
 def _keyword_arguments(of_algorithm: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     algorithm = algorithm_class(of_algorithm["class"])
-    known = set(inspect.signature(algorithm).parameters) - {"policy", "env", "seed", "device"}  # the run has its own
+    parameters = inspect.signature(algorithm).parameters
+    known = set(parameters) - {"policy", "env", "seed", "device"}  # the run has its own
     kwargs = settings.kwargs
     if "settings" in of_algorithm and not issubclass(algorithm, MBPO):
         of_mbpo = inspect.signature(MBPO).parameters
         defaults = {name: of_mbpo[name].default for name in ("learning_starts", "gradient_steps")}
-        only_of_mbpo = set(of_mbpo) - known
-        kwargs = {name: value for name, value in {**defaults, **kwargs}.items() if name not in only_of_mbpo}
+        model_based = {*of_mbpo, *inspect.signature(DHMBPO).parameters} - set(parameters)
+        kwargs = {name: value for name, value in {**defaults, **kwargs}.items() if name not in model_based}
     kwargs = {**kwargs, **of_algorithm.get("kwargs", {})}
     if unknown := set(kwargs) - known:
         raise ValueError(f"{of_algorithm['class']} has no parameters {sorted(unknown)}; it has {sorted(known)}.")

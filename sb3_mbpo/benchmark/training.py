@@ -1,7 +1,7 @@
 """
 One run of a suite, from its start or from where it was stopped, to its end. Its folder holds
 
-- ``run.json``: the run, the versions, the commit and the machine, and those it went on with, if they were others,
+- ``run.json``: the run, versions, commit and machine, and these again, in ``continued``, where it went on with others,
 - ``evaluations.csv``: a row for each evaluation,
 - ``checkpoint``: while it is under way, and ``model.zip`` when it has ended,
 - ``steps.txt``: the environment steps so far, for whoever watches, and ``log.txt``: what it printed, and where it failed.
@@ -48,9 +48,8 @@ def train(run: Run, results: Path) -> None:
     log = (folder / "log.txt").open("a", buffering=1)
     with FileLock(folder / "lock"), log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            _claim(run, folder)
+            _check_that_it_is(run, folder)
             if not is_finished(run, results):
-                _note_what_goes_on(run, results)
                 _train(run, folder)
         except Exception:
             traceback.print_exc()
@@ -79,36 +78,36 @@ def make_env(run: Run, training: bool) -> VecEnv:
     return VecNormalize(env, **run.normalize) if training else VecNormalize(env, **{**run.normalize, **EVALUATED})
 
 
-def _claim(run: Run, folder: Path) -> None:
-    """Writes ``run.json``, or makes sure that the one that is there says the same."""
+def _check_that_it_is(run: Run, folder: Path) -> None:
     if different := _differences(run, folder):
         there, wanted = ({name: pair[side] for name, pair in different.items()} for side in (0, 1))
         raise ValueError(
             f"{folder} holds a run with {there}, but {run} is to have {wanted}. "
             "Choose another folder for the results, or delete this one."
         )
+
+
+def _describe(run: Run, folder: Path, from_step: int) -> None:
+    """
+    Writes ``run.json``.
+
+    :param from_step: environment steps of the checkpoint that the run goes on from; 0: it begins
+    """
     path = folder / "run.json"
-    if not path.exists():
-        write_whole(path, json.dumps(asdict(run) | _made_with(), indent=2))
-
-
-def _note_what_goes_on(run: Run, results: Path) -> None:
-    """Adds to ``continued`` in ``run.json`` with what else than before the run goes on, and where it had stopped."""
-    path = results / run.folder / "run.json"
-    info, now = json.loads(path.read_text()), _made_with()
-    before = [info, *info.get("continued", [])][-1]
-    if any(before.get(name) != now[name] for name in ("versions", "commit", "machine")):
-        info.setdefault("continued", []).append({"stopped_at": steps_so_far(run, results)} | now)
-        write_whole(path, json.dumps(info, indent=2))
-
-
-def _made_with() -> dict[str, Any]:
-    return {
+    now = {
         "versions": versions(),
         "commit": commit(),
         "machine": {"processor": processor(), "cores": os.cpu_count()},
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+    info = asdict(run) | now
+    if from_step > 0:
+        info = json.loads(path.read_text())
+        continued = info.get("continued", [])
+        before = [info, *continued][-1]
+        if any(before.get(name) != now[name] for name in ("versions", "commit", "machine")):
+            info["continued"] = [*continued, {"from_step": from_step} | now]
+    write_whole(path, json.dumps(info, indent=2))
 
 
 def _differences(run: Run, folder: Path) -> dict[str, tuple[Any, Any]]:
@@ -124,6 +123,7 @@ def _train(run: Run, folder: Path) -> None:
     model = _load(run, env, saved) or algorithm_class(run.class_name)(
         run.policy, env, seed=run.seed, device="cpu", **as_arguments(run.kwargs)
     )
+    _describe(run, folder, model.num_timesteps)
     saving = (CheckpointCallback if isinstance(model, MBPO) else PlainCheckpoints)(run.eval_freq, saved)
     evaluation = Evaluation(
         make_env(run, training=False), run.eval_freq, run.eval_episodes, 10_000 * (run.seed + 1), folder / "evaluations.csv"

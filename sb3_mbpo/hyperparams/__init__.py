@@ -62,8 +62,10 @@ def load_settings(env_id: str, name: str | Path = "mbpo") -> Settings:
     if missing:
         raise ValueError(f"{path} has no {missing} for {env_id!r}: add them.")
     for argument, value in found.items():
-        if argument.endswith("_kwargs") and not isinstance(value, dict):
-            raise ValueError(f"Expected a YAML mapping as `{argument}` of {env_id!r} in {path}, but got {value!r}.")
+        if argument.endswith("_kwargs") and isinstance(value, str):
+            raise ValueError(
+                f"Expected a YAML mapping as `{argument}` of {env_id!r} in {path}, but got {value!r}: only the Zoo runs code."
+            )
     kwargs = dict(found)
     normalize = normalize_kwargs(kwargs.pop("normalize", False))
     n_timesteps, policy = int(kwargs.pop("n_timesteps")), kwargs.pop("policy")
