@@ -1,4 +1,4 @@
-"""Fitting: the ensemble by maximum likelihood, each member on its own bootstrap and back to its own best weights."""
+"""Fitting: the ensemble by maximum likelihood, each member on its own bootstrap."""
 
 import itertools
 import math
@@ -83,10 +83,10 @@ class BestWeights:
     Each member's weights as they were when its own holdout error was lowest, and the shared bounds of the last update.
 
     :param ensemble: whose members these are
-    :param improvement: relative fall of the error that counts
+    :param improvement: relative fall of the error that counts; ``None``: the weights of the last update are the best
     """
 
-    def __init__(self, ensemble: GaussianEnsemble, improvement: float) -> None:
+    def __init__(self, ensemble: GaussianEnsemble, improvement: float | None) -> None:
         self._parameters = [*ensemble.weights, *ensemble.biases]  # the ensemble dimension first
         self._best = [parameter.detach().clone() for parameter in self._parameters]
         self._bounds = [ensemble.max_log_var, ensemble.min_log_var]
@@ -97,9 +97,11 @@ class BestWeights:
     def update(self, errors: th.Tensor) -> bool:
         """
         :param errors: (ensemble,), of the weights as they are
-        :return: whether any member improved
+        :return: whether any member's are kept
         """
-        improved = errors < self.errors * (1.0 - self._improvement)
+        improved = th.full_like(errors, True, dtype=th.bool)
+        if self._improvement is not None:
+            improved = errors < self.errors * (1.0 - self._improvement)
         for best, parameter in zip(self._best, self._parameters, strict=True):
             best[improved] = parameter.detach()[improved]
         self._last_bounds = [bound.detach().clone() for bound in self._bounds]
@@ -182,9 +184,11 @@ def fit_ensemble(
     Holdout, bootstrap, restored weights and elites are those of Janner et al. 2019 (their code, ``bnn.py``); so is the end
     of the fit, if ``max_gradient_steps`` is ``None``. Else its steps are counted, and as the learning rate falls to zero in
     the last of them, it can be higher in the first: they do with a fraction of the paper's steps, and do not grow with the
-    data.
+    data. Then the last weights are kept, although an earlier look at the holdout may have found a smaller error: where a few
+    rows that no member foresees, such as collisions, make most of the error, it is their chance, and the slow last steps are
+    what makes the others exact.
 
-    A loss or a holdout error that is not finite ends the fit: the members return to their best weights and Adam starts anew.
+    A loss or a holdout error that is not finite ends the fit: the members return to what was kept and Adam starts anew.
 
     :param dynamics: fitted in place
     :param optimizer: of the ensemble, see :func:`make_optimizer`
@@ -209,7 +213,7 @@ def fit_ensemble(
         patience, improvement = config.patience, config.improvement
     else:
         steps_per_look = math.ceil(max_steps / N_LOOKS)
-        patience, improvement = N_LOOKS, 0.0  # the steps alone end it, and the last, slow ones count
+        patience, improvement = N_LOOKS, None  # the steps alone end it
 
     best = BestWeights(ensemble, improvement)
     batches = _batches(train.n_rows, config.batch_size, generator)
