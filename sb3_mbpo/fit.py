@@ -83,7 +83,7 @@ class BestWeights:
     Each member's weights as they were when its own holdout error was lowest, and the shared bounds of the last update.
 
     :param ensemble: whose members these are
-    :param improvement: relative fall of the error that counts; ``None``: the weights of the last update are the best
+    :param improvement: relative fall of the error that counts; ``None``: the weights of the last update always do
     """
 
     def __init__(self, ensemble: GaussianEnsemble, improvement: float | None) -> None:
@@ -184,9 +184,8 @@ def fit_ensemble(
     Holdout, bootstrap, restored weights and elites are those of Janner et al. 2019 (their code, ``bnn.py``); so is the end
     of the fit, if ``max_gradient_steps`` is ``None``. Else its steps are counted, and as the learning rate falls to zero in
     the last of them, it can be higher in the first: they do with a fraction of the paper's steps, and do not grow with the
-    data. Then the last weights are kept, although an earlier look at the holdout may have found a smaller error: where a few
-    rows that no member foresees, such as collisions, make most of the error, it is their chance, and the slow last steps are
-    what makes the others exact.
+    data. The last weights are kept then, even if an earlier look at the holdout found a smaller error. Where a few rows that
+    nobody foresees, such as collisions, make most of it, that says little, and the slow last steps make the other rows exact.
 
     A loss or a holdout error that is not finite ends the fit: the members return to what was kept and Adam starts anew.
 

@@ -67,7 +67,10 @@ def test_every_parameter_is_listed_with_its_default():
         assert listed[field.name] == expected, field.name
 
 
-@pytest.mark.parametrize(("suite", "results"), [("laptop", ".results"), (ROOT / "tests" / "ablations.yml", ".ablations")])
+@pytest.mark.parametrize(
+    ("suite", "results"),
+    [("laptop", ".results"), (ROOT / "tests" / "ablations.yml", ".ablations"), (ROOT / "tests" / "fits.yml", ".fits")],
+)
 def test_the_results_are_of_the_suite_as_it_is_now(suite, results):
     runs = [run for run in load_suite(suite) if (ROOT / results / run.folder).exists()]
     assert len(runs) == len(list((ROOT / results).rglob("run.json")))
@@ -116,6 +119,20 @@ def test_the_results_beside_the_published_ones_are_what_the_runs_have_written():
         for published, cell in zip(header[2::2], cells[1::2], strict=True):
             found = returns.get((task, published.split()[0], int(step)))
             assert cell == ("" if found is None else f"{found.mean():.0f} \N{PLUS-MINUS SIGN} {found.std():.0f}")
+
+
+def test_the_returns_of_both_rules_of_fits_are_what_the_runs_have_written():
+    """At three steps, and the mean of the evaluations after 5,000."""
+    _, rows = table("| rule | seed |")
+    evaluations = pd.concat([load_results(ROOT / ".results"), load_results(ROOT / ".fits")]).query(
+        "environment == 'Hopper-v5'"
+    )
+    for rule, seed, _, *cells in rows:
+        name = {"ours": "MBPO", "paper's": "paper's rule"}[rule]
+        of_run = evaluations.query("algorithm == @name and seed == @seed", local_dict={"name": name, "seed": int(seed)})
+        returns = of_run.set_index("steps")["return_mean"]
+        expected = [*returns[[10_000, 15_000, 20_000]], returns[returns.index > 5000].mean()]
+        assert cells == [f"{number:.0f}" for number in expected]
 
 
 def test_the_table_of_dhmbpo_is_what_the_runs_have_written():
