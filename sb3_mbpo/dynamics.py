@@ -32,6 +32,10 @@ class DynamicsConfig:
     :param learning_rate: of Adam
     :param weight_decay: lambda of the penalty ``0.5 * lambda * |W|**2``, one for all layers or one for each. The default
         grows from the first layer to the last; for another number of layers it is interpolated
+    :param likelihood_beta: each error in the likelihood is weighted by its predicted variance to this power (Seitzer et al.
+        2022, arXiv 2203.09168). 0 is the paper's: rare transitions that are hard to foresee, such as collisions, are soon
+        explained as noise, and what comes of them is hardly learned. 0.5, which Seitzer et al. recommend, learns them, at
+        the price of some precision elsewhere. With ``constant_noise`` it has no effect
     :param max_grad_norm: norm to which longer gradients, of all members together, are shortened; ``None``, which is the
         paper's, leaves them as they are. Without, a few transitions that no member foresees, such as collisions, can push the
         variances so far beyond their bound that they stay there, for all inputs. Most gradients are longer than the default;
@@ -56,6 +60,7 @@ class DynamicsConfig:
     activation_fn: type[nn.Module] = nn.SiLU
     learning_rate: float = 3e-3
     weight_decay: float | tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
+    likelihood_beta: float = 0.0
     max_grad_norm: float | None = 10.0
     batch_size: int = 256
     holdout_ratio: float = 0.2
@@ -97,6 +102,7 @@ class DynamicsConfig:
             ("learning_rate", self.learning_rate > 0, "above 0"),
             ("weight_decay", len(self.layer_decays) == n_layers, f"a float, or {n_layers} floats, one per layer"),
             ("weight_decay", min(self.layer_decays, default=0) >= 0, "at least 0"),
+            ("likelihood_beta", 0 <= self.likelihood_beta <= 1, "from 0 to 1"),
             ("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "None, or above 0"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("holdout_ratio", 0 < self.holdout_ratio < 1, "above 0 and below 1"),

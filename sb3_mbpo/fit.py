@@ -58,23 +58,31 @@ def split_holdout(
     return data.rows(order[n_holdout:]), data.rows(order[:n_holdout])
 
 
-def ensemble_loss(ensemble: GaussianEnsemble, inputs: th.Tensor, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def ensemble_loss(
+    ensemble: GaussianEnsemble, inputs: th.Tensor, targets: th.Tensor, beta: float
+) -> tuple[th.Tensor, th.Tensor]:
     """
-    Negative log-likelihood, up to a constant, and the pull on the variance bounds (Chua et al. 2018, appendix A.1), which
-    constant noise does without.
+    Negative log-likelihood, up to a constant, weighted by the predicted variances to the power of ``beta`` (Seitzer et al.
+    2022, arXiv 2203.09168), and the pull on the variance bounds (Chua et al. 2018, appendix A.1).
 
-    .. math:: \\sum_i \\mathrm{mean}[(\\mu_i - y)^2 e^{-v_i} + v_i] + 0.01 (\\sum v_{max} - \\sum v_{min})
+    .. math:: \\sum_i \\mathrm{mean}[w_i ((\\mu_i - y)^2 e^{-v_i} + v_i)] + 0.01 (\\sum v_{max} - \\sum v_{min})
+
+    The weight :math:`w_i = e^{\\beta v_i}` counts as a constant. Constant noise does without weights and bounds.
 
     :param ensemble: members i
     :param inputs: (ensemble, batch, input_dim), scaled
     :param targets: (ensemble, batch, output_dim), scaled
-    :return: the loss, and the first term as a mean over members, detached
+    :param beta: 0 weighs all errors by their likelihood, 1 the means' errors all alike
+    :return: the loss, and the likelihood without weights as a mean over members, detached
     """
     mean, log_var = ensemble(inputs)
-    likelihood = ((mean - targets).square() * (-log_var).exp() + log_var).mean(dim=(1, 2))
-    loss = likelihood.sum()
-    if ensemble.constant_log_var is None:
-        loss = loss + 0.01 * (ensemble.max_log_var.sum() - ensemble.min_log_var.sum())
+    likelihood = (mean - targets).square() * (-log_var).exp() + log_var
+    if ensemble.constant_log_var is not None:
+        loss = likelihood.mean(dim=(1, 2)).sum()
+    else:
+        weights = (beta * log_var.detach()).exp()
+        bounds = 0.01 * (ensemble.max_log_var.sum() - ensemble.min_log_var.sum())
+        loss = (weights * likelihood).mean(dim=(1, 2)).sum() + bounds
     return loss, likelihood.detach().mean()
 
 
@@ -223,7 +231,7 @@ def fit_ensemble(
         for columns in itertools.islice(batches, min(steps_per_look, max_steps - steps)):
             _set_learning_rate(optimizer, config.learning_rate * min(1.0, (1 - steps / max_steps) / DECAY_SHARE))
             rows = bootstrap[:, columns]
-            loss, likelihood = ensemble_loss(ensemble, inputs[rows], targets[rows])
+            loss, likelihood = ensemble_loss(ensemble, inputs[rows], targets[rows], config.likelihood_beta)
             optimizer.zero_grad()
             loss.backward()
             if config.max_grad_norm is not None:

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 
 import pytest
@@ -79,22 +80,33 @@ def test_holdout_error_is_in_scaled_units_and_split(fitted):
     assert elite_mse == pytest.approx((2 * result.holdout_mse_state + result.holdout_mse_reward) / 3)
 
 
-def test_loss_against_a_slow_loop(generator):
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_loss_against_a_slow_loop(generator, beta):
     ensemble = make_dynamics(generator).ensemble
     inputs, targets = th.randn(3, 10, 3, generator=generator), th.randn(3, 10, 3, generator=generator)
-    loss, likelihood = ensemble_loss(ensemble, inputs, targets)
-    mean, log_var = ensemble(inputs)
-    terms = [
-        [
-            ((mean[e, b, d] - targets[e, b, d]) ** 2 / log_var[e, b, d].exp() + log_var[e, b, d]).item()
-            for b in range(10)
-            for d in range(3)
-        ]
-        for e in range(3)
-    ]
-    per_member = [sum(values) / len(values) for values in terms]
-    assert likelihood.item() == pytest.approx(sum(per_member) / 3, rel=1e-4)
-    assert loss.item() == pytest.approx(sum(per_member) + 0.01 * 3 * (0.5 + 10.0), rel=1e-4)
+    loss, likelihood = ensemble_loss(ensemble, inputs, targets, beta)
+    mean, log_var = (prediction.tolist() for prediction in ensemble(inputs))
+    plain = weighted = 0.0
+    for e, b, d in itertools.product(range(3), range(10), range(3)):
+        variance = math.exp(log_var[e][b][d])
+        error = (mean[e][b][d] - targets[e, b, d].item()) ** 2 / variance + math.log(variance)
+        plain += error / 30
+        weighted += variance**beta * error / 30
+    assert likelihood.item() == pytest.approx(plain / 3, rel=1e-4)
+    assert loss.item() == pytest.approx(weighted + 0.01 * 3 * (0.5 + 10.0), rel=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_weights_of_the_likelihood_scale_gradients_and_have_none_themselves(generator, monkeypatch, beta):
+    """With ``beta=1`` the mean has the gradient of the squared error, whatever the variance."""
+    mean, log_var = (th.randn(3, 10, 3, generator=generator, requires_grad=True) for _ in range(2))
+    targets = th.randn(3, 10, 3, generator=generator)
+    ensemble = make_dynamics(generator).ensemble
+    monkeypatch.setattr(ensemble, "forward", lambda _: (mean, log_var))
+    ensemble_loss(ensemble, th.empty(0), targets, beta)[0].backward()
+    error, variance = (mean - targets).detach(), log_var.detach().exp()
+    th.testing.assert_close(mean.grad, 2 * error * variance ** (beta - 1) / 30)
+    th.testing.assert_close(log_var.grad, variance**beta * (1 - error**2 / variance) / 30)
 
 
 def test_weight_decay_is_the_papers_penalty_per_layer(generator):
@@ -106,12 +118,12 @@ def test_weight_decay_is_the_papers_penalty_per_layer(generator):
     inputs, targets = th.randn(3, 20, 3, generator=generator), th.randn(3, 20, 3, generator=generator)
     for _ in range(10):
         optimizer.zero_grad()
-        ensemble_loss(by_adam.ensemble, inputs, targets)[0].backward()
+        ensemble_loss(by_adam.ensemble, inputs, targets, 0.5)[0].backward()
         optimizer.step()
         plain.zero_grad()
         weights = by_loss.ensemble.weights
         penalty = sum(0.5 * decay * weight.square().sum() for decay, weight in zip(decays, weights, strict=True))
-        (ensemble_loss(by_loss.ensemble, inputs, targets)[0] + penalty).backward()
+        (ensemble_loss(by_loss.ensemble, inputs, targets, 0.5)[0] + penalty).backward()
         plain.step()
     for ours, reference in zip(by_adam.ensemble.parameters(), by_loss.ensemble.parameters(), strict=True):
         th.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)
@@ -136,9 +148,9 @@ def test_each_bootstrap_draws_with_replacement_once_per_fit(generator, monkeypat
     dynamics = make_dynamics(generator, batch_size=16, max_gradient_steps=15, normalize_targets=False)
     shown: list[th.Tensor] = []
 
-    def watch(ensemble, inputs, targets):
+    def watch(ensemble, inputs, targets, beta):
         shown.append(targets[..., -1].clone())
-        return ensemble_loss(ensemble, inputs, targets)
+        return ensemble_loss(ensemble, inputs, targets, beta)
 
     monkeypatch.setattr("sb3_mbpo.fit.ensemble_loss", watch)
     fit_ensemble(dynamics, make_optimizer(dynamics), data, generator, is_first=True)
@@ -516,9 +528,9 @@ def test_a_loss_that_is_not_finite_ends_the_fit_at_the_weights_before(generator,
     assert not before.diverged
     calls = []
 
-    def exploding_loss(ensemble, inputs, targets):
+    def exploding_loss(*arguments):
         calls.append(len(calls))
-        loss, likelihood = ensemble_loss(ensemble, inputs, targets)
+        loss, likelihood = ensemble_loss(*arguments)
         return (loss * th.nan, likelihood * th.nan) if len(calls) == 30 else (loss, likelihood)
 
     monkeypatch.setattr("sb3_mbpo.fit.ensemble_loss", exploding_loss)

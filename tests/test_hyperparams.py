@@ -99,7 +99,7 @@ def test_the_dynamics_of_the_paper_are_those_of_the_paper(env_id):
     width = PAPER[env_id].width if env_id in PAPER else 200
     assert (config.ensemble_size, config.n_elites, tuple(config.net_arch)) == (7, 5, (width,) * 4)
     assert config.weight_decay == (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
-    assert (config.learning_rate, config.max_grad_norm) == (1e-3, None)
+    assert (config.learning_rate, config.likelihood_beta, config.max_grad_norm) == (1e-3, 0.0, None)
     assert (config.batch_size, config.normalize_targets) == (256, False)
     assert (config.max_gradient_steps, config.patience, config.improvement) == (None, 5, 0.01)
     assert (config.holdout_ratio, config.max_holdout) == (0.2, 5000)
