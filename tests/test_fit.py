@@ -218,6 +218,38 @@ def test_a_few_collisions_drown_everything_in_noise_unless_gradients_are_short(g
     assert noise < 0.3 if max_grad_norm else noise > 0.5
 
 
+def ball_between_walls(n_rows, generator):
+    """A push changes the velocity of a ball on [-1, 1]. One row in a hundred hits an end, which throws the ball back."""
+    at_end = th.rand(n_rows, generator=generator) < 0.02
+    position = th.empty(n_rows).uniform_(-0.3, 0.3, generator=generator)
+    velocity, action = th.randn(n_rows, generator=generator), th.empty(n_rows).uniform_(-1.0, 1.0, generator=generator)
+    position = th.where(at_end, position.sign() * (1.0 - position.abs() / 3.0), position)
+    velocity = th.where(at_end, position.sign() * velocity.abs(), velocity)
+    observations = th.stack((position, velocity), dim=1)
+    velocity = velocity + 0.3 * action
+    position = position + 0.1 * velocity
+    hits = position.abs() > 1.0
+    outcomes = th.stack((position.clamp(-1.0, 1.0), th.where(hits, -velocity, velocity)), dim=1)
+    never = th.zeros(n_rows, dtype=th.bool)
+    return Transitions(observations, action[:, None], outcomes, th.zeros(n_rows), never), hits
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_rare_collisions_are_learned_where_the_likelihood_is_weighted(generator, beta):
+    """The variance alone explains them otherwise. The yardstick is the error of "nothing happens"."""
+    data, _ = ball_between_walls(3000, generator)
+    dynamics = make_dynamics(generator, net_arch=[64, 64, 64], max_gradient_steps=(1000, 250), likelihood_beta=beta)
+    optimizer = make_optimizer(dynamics)
+    for is_first in (True, False, False):
+        fit_ensemble(dynamics, optimizer, data, generator, is_first)
+    fresh, hits = ball_between_walls(20_000, generator)
+    velocity = dynamics.predict(fresh.observations, fresh.actions, th.zeros(20_000, dtype=th.long)).mean[:, 1]
+    errors = (velocity - fresh.next_observations[:, 1]).square()
+    nothing = (fresh.observations - fresh.next_observations)[hits, 1].square().mean()
+    assert errors[~hits].mean() < 0.01
+    assert errors[hits].mean() > 0.7 * nothing if beta == 0.0 else errors[hits].mean() < 0.1 * nothing
+
+
 def test_gradients_are_as_long_as_they_may_be(generator):
     data, _ = linear_gaussian(500, generator)
     longest = {}
