@@ -32,10 +32,11 @@ class DynamicsConfig:
     :param learning_rate: of Adam
     :param weight_decay: lambda of the penalty ``0.5 * lambda * |W|**2``, one for all layers or one for each. The default
         grows from the first layer to the last; for another number of layers it is interpolated
-    :param likelihood_beta: each error in the likelihood is weighted by its predicted variance to this power (Seitzer et al.
+    :param likelihood_beta: each term of the likelihood is weighted by its predicted variance to this power (Seitzer et al.
         2022, arXiv 2203.09168). 0 is the paper's: rare transitions that are hard to foresee, such as collisions, are soon
         explained as noise, and what comes of them is hardly learned. 0.5, which Seitzer et al. recommend, learns them, at
-        the price of some precision elsewhere. With ``constant_noise`` it has no effect
+        the price of some precision where the noise is small; weight decay and the pull on the bounds of the variance count
+        more. With ``constant_noise`` it has no effect
     :param max_grad_norm: norm to which longer gradients, of all members together, are shortened; ``None``, which is the
         paper's, leaves them as they are. Without, a few transitions that no member foresees, such as collisions, can push the
         variances so far beyond their bound that they stay there, for all inputs. Most gradients are longer than the default;

@@ -72,7 +72,8 @@ def ensemble_loss(
     :param ensemble: members i
     :param inputs: (ensemble, batch, input_dim), scaled
     :param targets: (ensemble, batch, output_dim), scaled
-    :param beta: 0 weighs all errors by their likelihood, 1 the means' errors all alike
+    :param beta: 0: the likelihood as it is, in which a squared error counts less the larger its predicted variance; 1: for the
+        means, all squared errors count alike
     :return: the loss, and the likelihood without weights as a mean over members, detached
     """
     mean, log_var = ensemble(inputs)
@@ -83,7 +84,7 @@ def ensemble_loss(
         weights = (beta * log_var.detach()).exp()
         bounds = 0.01 * (ensemble.max_log_var.sum() - ensemble.min_log_var.sum())
         loss = (weights * likelihood).mean(dim=(1, 2)).sum() + bounds
-    return loss, likelihood.detach().mean()
+    return loss, likelihood.detach().mean(dim=(1, 2)).mean()
 
 
 class BestWeights:

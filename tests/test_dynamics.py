@@ -159,6 +159,7 @@ def test_user_functions_that_return_something_else_are_refused(generator, functi
         (dict(net_arch=[8], weight_decay=[1e-5]), r"'weight_decay'\] must be a float, or 2 floats"),
         (dict(holdout_ratio=1.0), "'holdout_ratio'.*above 0 and below 1, but got 1.0"),
         (dict(learning_rate=0.0), "'learning_rate'"),
+        (dict(likelihood_beta=1.5), r"'likelihood_beta'\] must be from 0 to 1, but got 1.5"),
         (dict(likelihood_beta=-0.5), r"'likelihood_beta'\] must be from 0 to 1, but got -0.5"),
         (dict(max_grad_norm=0.0), r"'max_grad_norm'\] must be None, or above 0, but got 0.0"),
         (dict(ensemble_size=5.5), r"'ensemble_size'\] must be an int, but got 5.5"),

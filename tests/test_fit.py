@@ -58,6 +58,17 @@ def test_constant_noise_is_the_error_on_the_holdout(generator, monkeypatch):
     assert errors[list(result.elites)].mean(dim=0).tolist() == pytest.approx([0.05, 0.2, 0.1], rel=0.15)
 
 
+def test_constant_noise_has_a_likelihood_without_weights_and_bounds(generator):
+    ensemble = make_dynamics(generator, constant_noise=True).ensemble
+    inputs, targets = th.randn(3, 10, 3, generator=generator), th.randn(3, 10, 3, generator=generator)
+    th.nn.init.normal_(ensemble.constant_log_var, generator=generator)
+    mean, log_var = ensemble(inputs)
+    negative_likelihood = -2 * th.distributions.Normal(mean, (0.5 * log_var).exp()).log_prob(targets) - math.log(2 * math.pi)
+    for beta in (0.0, 1.0):
+        loss, _ = ensemble_loss(ensemble, inputs, targets, beta)
+        assert loss.item() == pytest.approx(negative_likelihood.mean(dim=(1, 2)).sum().item(), rel=1e-5)
+
+
 def test_log_variance_bounds_move(fitted):
     dynamics, _, (max_log_var, min_log_var) = fitted
     assert (dynamics.ensemble.max_log_var < max_log_var - 0.01).all()
@@ -219,7 +230,9 @@ def test_a_few_collisions_drown_everything_in_noise_unless_gradients_are_short(g
 
 
 def ball_between_walls(n_rows, generator):
-    """A push changes the velocity of a ball on [-1, 1]. One row in a hundred hits an end, which throws the ball back."""
+    """A push changes the velocity of a ball on [-1, 1]. Two rows in a hundred are at an end, and most of them hit it, which
+    throws the ball back.
+    """
     at_end = th.rand(n_rows, generator=generator) < 0.02
     position = th.empty(n_rows).uniform_(-0.3, 0.3, generator=generator)
     velocity, action = th.randn(n_rows, generator=generator), th.empty(n_rows).uniform_(-1.0, 1.0, generator=generator)
