@@ -87,42 +87,44 @@ def ensemble_loss(
     return loss, likelihood.detach().mean(dim=(1, 2)).mean()
 
 
-class BestWeights:
+class KeptWeights:
     """
-    Each member's weights as they were when its own holdout error was lowest, and the shared bounds of the last update.
+    What a fit ends with: each member's weights as they were when its own holdout error was lowest, or those of the last
+    update, and the shared bounds of the last update.
 
     :param ensemble: whose members these are
-    :param improvement: relative fall of the error that counts; ``None``: the weights of the last update always do
+    :param improvement: relative fall of the error that counts; ``None``: every update does
     """
 
     def __init__(self, ensemble: GaussianEnsemble, improvement: float | None) -> None:
         self._parameters = [*ensemble.weights, *ensemble.biases]  # the ensemble dimension first
-        self._best = [parameter.detach().clone() for parameter in self._parameters]
+        self._kept = [parameter.detach().clone() for parameter in self._parameters]
         self._bounds = [ensemble.max_log_var, ensemble.min_log_var]
         self._last_bounds = [bound.detach().clone() for bound in self._bounds]
         self._improvement = improvement
-        self.errors = th.full((ensemble.ensemble_size,), th.inf, device=self._best[0].device)
+        self.errors = th.full((ensemble.ensemble_size,), th.inf, device=self._kept[0].device)
 
     def update(self, errors: th.Tensor) -> bool:
         """
         :param errors: (ensemble,), of the weights as they are
         :return: whether any member's are kept
         """
-        improved = th.full_like(errors, True, dtype=th.bool)
-        if self._improvement is not None:
-            improved = errors < self.errors * (1.0 - self._improvement)
-        for best, parameter in zip(self._best, self._parameters, strict=True):
-            best[improved] = parameter.detach()[improved]
+        if self._improvement is None:
+            counts = th.ones_like(errors, dtype=th.bool)
+        else:
+            counts = errors < self.errors * (1.0 - self._improvement)
+        for kept, parameter in zip(self._kept, self._parameters, strict=True):
+            kept[counts] = parameter.detach()[counts]
         self._last_bounds = [bound.detach().clone() for bound in self._bounds]
-        self.errors = th.where(improved, errors, self.errors)
-        return bool(improved.any())
+        self.errors = th.where(counts, errors, self.errors)
+        return bool(counts.any())
 
     def restore(self) -> None:
-        """Every member returns to its own best."""
+        """Every member returns to its own."""
         with th.no_grad():
-            kept = [*self._best, *self._last_bounds]
-            for best, parameter in zip(kept, [*self._parameters, *self._bounds], strict=True):
-                parameter.copy_(best)
+            values = [*self._kept, *self._last_bounds]
+            for value, parameter in zip(values, [*self._parameters, *self._bounds], strict=True):
+                parameter.copy_(value)
 
 
 def check_termination(dynamics: Dynamics, data: Transitions) -> None:
@@ -203,7 +205,7 @@ def fit_ensemble(
     :param data: all real transitions, raw, at least ``MIN_TRANSITIONS``
     :param generator: draws holdout, bootstraps and batches
     :param is_first: whether the ensemble has never been fitted
-    :raises ValueError: when not even the best weights have a finite holdout error
+    :raises ValueError: when not even the weights that it ends with have a finite holdout error
     """
     start = time.perf_counter()
     config, ensemble = dynamics.config, dynamics.ensemble
@@ -218,16 +220,15 @@ def fit_ensemble(
     max_steps = config.max_gradient_steps_of(is_first)
     if max_steps is None:
         max_steps, steps_per_look = sys.maxsize, math.ceil(MIN_STEPS_PER_LOOK / steps_per_epoch) * steps_per_epoch
-        patience, improvement = config.patience, config.improvement
+        kept = KeptWeights(ensemble, config.improvement)
     else:
         steps_per_look = math.ceil(max_steps / N_LOOKS)
-        patience, improvement = N_LOOKS, None  # the steps alone end it
+        kept = KeptWeights(ensemble, improvement=None)  # no look is stale: the steps alone end it
 
-    best = BestWeights(ensemble, improvement)
     batches = _batches(train.n_rows, config.batch_size, generator)
     steps = stale_looks = 0
     diverged, train_nll = False, math.nan
-    while stale_looks <= patience and steps < max_steps and not diverged:
+    while stale_looks <= config.patience and steps < max_steps and not diverged:
         likelihoods = []
         for columns in itertools.islice(batches, min(steps_per_look, max_steps - steps)):
             _set_learning_rate(optimizer, config.learning_rate * min(1.0, (1 - steps / max_steps) / DECAY_SHARE))
@@ -244,8 +245,8 @@ def fit_ensemble(
         diverged = not th.stack([*likelihoods, *errors]).isfinite().all()
         if not diverged:
             train_nll = th.stack(likelihoods).mean().item()
-            stale_looks = 0 if best.update(errors) else stale_looks + 1
-    best.restore()
+            stale_looks = 0 if kept.update(errors) else stale_looks + 1
+    kept.restore()
     _set_learning_rate(optimizer, config.learning_rate)
     if diverged:
         optimizer.state.clear()

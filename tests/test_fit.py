@@ -9,7 +9,7 @@ from gymnasium import spaces
 
 from sb3_mbpo.dynamics import Dynamics, DynamicsConfig
 from sb3_mbpo.fit import (
-    BestWeights,
+    KeptWeights,
     check_termination,
     ensemble_loss,
     fit_dynamics,
@@ -176,7 +176,7 @@ def test_each_bootstrap_draws_with_replacement_once_per_fit(generator, monkeypat
 
 def test_each_member_returns_to_its_own_best_epoch(generator):
     ensemble = make_dynamics(generator).ensemble
-    best = BestWeights(ensemble, improvement=0.01)
+    best = KeptWeights(ensemble, improvement=0.01)
     # epoch:              0    1    2    3 (member 0 improves by less than 1 %)
     errors = th.tensor([[5.0, 4.0, 3.98, 9.0], [5.0, 6.0, 7.0, 8.0], [5.0, 4.0, 3.0, 2.0]])
     for epoch in range(4):
@@ -199,8 +199,8 @@ def test_the_errors_are_those_of_the_weights_that_a_fit_ends_with(generator, mon
     monkeypatch.setattr(
         "sb3_mbpo.fit.split_holdout", lambda *arguments: holdouts.append(split_holdout(*arguments)) or holdouts[-1]
     )
-    kept, restore = [], BestWeights.restore
-    monkeypatch.setattr(BestWeights, "restore", lambda best: kept.append(best.errors.tolist()) or restore(best))
+    kept, restore = [], KeptWeights.restore
+    monkeypatch.setattr(KeptWeights, "restore", lambda best: kept.append(best.errors.tolist()) or restore(best))
     result = fit_ensemble(dynamics, make_optimizer(dynamics), data, generator, is_first=True)
     assert list(result.holdout_mse) == pytest.approx(kept[0], rel=1e-4)
     holdout = holdouts[0][1]
@@ -302,12 +302,12 @@ def steps_and_looks(monkeypatch, data, generator, is_first=True, watched=lambda 
     optimizer, looks = make_optimizer(dynamics), []
     rates = count_steps(optimizer)
 
-    class Watch(BestWeights):
+    class Watch(KeptWeights):
         def update(self, errors):
             looks.append(len(rates))
             return super().update(errors)
 
-    monkeypatch.setattr("sb3_mbpo.fit.BestWeights", Watch)
+    monkeypatch.setattr("sb3_mbpo.fit.KeptWeights", Watch)
     result = fit_ensemble(dynamics, optimizer, data, generator, is_first)
     return rates, looks, result
 
@@ -435,12 +435,12 @@ def test_a_fit_ends_with_the_best_look_by_the_papers_rule_and_else_with_the_last
     weights = []
     errors = [[3.0, 1.0, 2.0, 2.0, 2.0], [3.0, 2.5, 2.0, 1.0, 1.5], [1.0, 2.0, 2.0, 2.0, 2.0]]
 
-    class Told(BestWeights):
+    class Told(KeptWeights):
         def update(self, _):
             weights.append([weight.detach().clone() for weight in dynamics.ensemble.weights])
             return super().update(th.tensor(errors)[:, len(weights) - 1])
 
-    monkeypatch.setattr("sb3_mbpo.fit.BestWeights", Told)
+    monkeypatch.setattr("sb3_mbpo.fit.KeptWeights", Told)
     fit_ensemble(dynamics, make_optimizer(dynamics), data, generator, is_first=True)
     assert len(weights) == 5
     for member, best_look in enumerate(kept_looks):
