@@ -118,11 +118,11 @@ def check_finite(
     """
     Call this before a transition is stored.
 
-    :param last_observations: (n_envs, *shape), or a dict of them: where the step began
+    :param last_observations: (n_envs, *shape), or a dict of them, raw: where the step began
     :param observations: the same, as the environment returned them
     :param rewards: (n_envs,)
-    :param infos: one dict per environment, with the last observation of an episode
-    :param env: if given, it has the raw values
+    :param infos: one dict per environment, with the last observation of an episode, which ``VecNormalize`` has clipped
+    :param env: if given, it has the raw values of the others
     :raises ValueError: for NaN or infinity in an observation or a reward
     """
     if env is not None:

@@ -43,6 +43,7 @@ from torch import nn
 from sb3_mbpo.products import linear
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 #: SB3's guard against the logarithm of zero, in ``SquashedDiagGaussianDistribution``.
 EPSILON = 1e-6
 
@@ -62,7 +63,7 @@ def covers(model: SAC) -> bool:
         and all(_is_relu_perceptron(list(network)) for network in [*trained, *target.q_networks])
         and all(parameter.requires_grad for network in trained for layer in network[::2] for parameter in layer.parameters())
         and not any(getattr(module, kind) for module in model.policy.modules() for kind in HOOKS)
-        and not any(parameter._backward_hooks for parameter in model.policy.parameters())
+        and not any(getattr(parameter, kind) for parameter in model.policy.parameters() for kind in PARAMETER_HOOKS)
     )
 
 

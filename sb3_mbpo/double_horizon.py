@@ -263,7 +263,9 @@ def double_horizon_update(model: "DHMBPO", starts: th.Tensor, updates_actor: boo
     last_values = model.q_values(model.critic, path.observations[-1], path.actions[-1]).mean(dim=0)
     actor_loss = -(weights * soft_return(path, rewards, last_values, ent_coef, model.gamma)).sum()
     model.actor.optimizer.zero_grad()
-    actor_loss.backward(inputs=[parameter for parameter in model.actor.parameters() if parameter.requires_grad])
+    trained = [parameter for parameter in model.actor.parameters() if parameter.requires_grad]
+    if trained:
+        actor_loss.backward(inputs=trained)
     model.actor.optimizer.step()
     losses["actor_loss"] = actor_loss.detach()
     if model.log_ent_coef is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,30 +76,43 @@ class DynamicsConfig:
     def from_kwargs(cls, dynamics_kwargs: dict[str, Any] | None) -> "DynamicsConfig":
         """
         :param dynamics_kwargs: any of the fields by name
-        :raises ValueError: for an unknown name or a value out of range
+        :raises ValueError: for an unknown name, or a value of the wrong type or out of range
         """
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(dynamics_kwargs or {}) - set(known))
         if unknown:
             raise ValueError(f"`dynamics_kwargs` got {unknown}, which it does not know. It may hold: {', '.join(known)}.")
         config = cls(**(dynamics_kwargs or {}))
+        config._check_types()
         if "weight_decay" not in (dynamics_kwargs or {}):
             depths = np.linspace(0, len(config.layer_decays) - 1, len(config.net_arch) + 1)
             decays = np.interp(depths, range(len(config.layer_decays)), config.layer_decays)
             config = replace(config, weight_decay=tuple(decays.tolist()))
-        config._check()
+        config._check_ranges()
         return config
 
-    def _check(self) -> None:
+    def _check_types(self) -> None:
         whole = ["ensemble_size", "n_elites", "batch_size", "max_holdout", "patience"]
-        for name in whole:
-            if not isinstance(getattr(self, name), Integral):
-                raise ValueError(f"dynamics_kwargs[{name!r}] must be an int, but got {getattr(self, name)!r}.")
+        real = ["learning_rate", "likelihood_beta", "holdout_ratio", "improvement"]
+        widths = all(isinstance(width, Integral) and int(width) >= 1 for width in np.atleast_1d(self.net_arch))
+        decays = all(isinstance(decay, Real) for decay in np.atleast_1d(self.weight_decay))
+        norm = self.max_grad_norm is None or isinstance(self.max_grad_norm, Real)
+        self._check(
+            [
+                *((name, isinstance(getattr(self, name), Integral), "an int") for name in whole),
+                *((name, isinstance(getattr(self, name), Real), "a number") for name in real),
+                ("max_grad_norm", norm, "None, or a number"),
+                ("net_arch", widths and np.ndim(self.net_arch) == 1, "a list of layer widths such as [200, 200]"),
+                ("weight_decay", decays, "a float, or one per layer"),
+                ("activation_fn", callable(self.activation_fn), "a class of modules such as torch.nn.SiLU"),
+            ]
+        )
+
+    def _check_ranges(self) -> None:
         n_layers = len(self.net_arch) + 1
         rules = [
             ("ensemble_size", self.ensemble_size >= 1, "at least 1"),
             ("n_elites", 1 <= self.n_elites <= self.ensemble_size, f"from 1 to `ensemble_size`={self.ensemble_size}"),
-            ("net_arch", all(width >= 1 for width in self.net_arch), "a list of layer widths such as [200, 200]"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
             ("weight_decay", len(self.layer_decays) == n_layers, f"a float, or {n_layers} floats, one per layer"),
             ("weight_decay", min(self.layer_decays, default=0) >= 0, "at least 0"),
@@ -112,6 +125,9 @@ class DynamicsConfig:
             ("improvement", 0 <= self.improvement < 1, "at least 0 and below 1"),
             ("max_gradient_steps", _are_steps(self.max_gradient_steps), "None, an int of at least 1, or two of them"),
         ]
+        self._check(rules)
+
+    def _check(self, rules: list[tuple[str, bool, str]]) -> None:
         for name, holds, expected in rules:
             if not holds:
                 raise ValueError(f"dynamics_kwargs[{name!r}] must be {expected}, but got {getattr(self, name)!r}.")
@@ -124,7 +140,7 @@ class DynamicsConfig:
     @property
     def layer_decays(self) -> tuple[float, ...]:
         """The weight decay of each layer, first to last."""
-        if isinstance(self.weight_decay, (int, float)):
+        if isinstance(self.weight_decay, float | Real):
             return (float(self.weight_decay),) * (len(self.net_arch) + 1)
         return tuple(self.weight_decay)
 
@@ -205,6 +221,8 @@ class Dynamics(nn.Module):
         self.input_scaler.fit(th.cat((data.observations, data.actions), dim=-1))
         if self.config.normalize_targets:
             self.target_scaler.fit(self._raw_targets(data))
+        else:
+            self.target_scaler.reset()  # a loaded one has the units of its file
         margin = MAX_STDS_FROM_DATA * self.input_scaler.divisor[: data.observations.shape[-1]]
         self.lowest.copy_(th.minimum(data.observations, data.next_observations).amin(dim=0) - margin)
         self.highest.copy_(th.maximum(data.observations, data.next_observations).amax(dim=0) + margin)

@@ -37,7 +37,8 @@ def make_optimizer(dynamics: Dynamics) -> th.optim.Adam:
     ensemble, config = dynamics.ensemble, dynamics.config
     decays = zip(ensemble.weights, config.layer_decays, strict=True)
     groups = [{"params": [weight], "weight_decay": decay} for weight, decay in decays]
-    groups.append({"params": [*ensemble.biases, *ensemble.noise_parameters()], "weight_decay": 0.0})
+    others = [*ensemble.biases, *ensemble.noise_parameters(), *ensemble.activation.parameters()]
+    groups.append({"params": others, "weight_decay": 0.0})
     return th.optim.Adam(groups, lr=config.learning_rate, fused=True)
 
 
@@ -90,7 +91,7 @@ def ensemble_loss(
 class KeptWeights:
     """
     What a fit ends with: each member's weights as they were when its own holdout error was lowest, or those of the last
-    update, and the shared bounds of the last update.
+    update. What the members share (bounds, parameters of the activation) is that of the last update.
 
     :param ensemble: whose members these are
     :param improvement: relative fall of the error that counts; ``None``: every update does
@@ -99,8 +100,8 @@ class KeptWeights:
     def __init__(self, ensemble: GaussianEnsemble, improvement: float | None) -> None:
         self._parameters = [*ensemble.weights, *ensemble.biases]  # the ensemble dimension first
         self._kept = [parameter.detach().clone() for parameter in self._parameters]
-        self._bounds = [ensemble.max_log_var, ensemble.min_log_var]
-        self._last_bounds = [bound.detach().clone() for bound in self._bounds]
+        self._shared = [ensemble.max_log_var, ensemble.min_log_var, *ensemble.activation.parameters()]
+        self._last_shared = [parameter.detach().clone() for parameter in self._shared]
         self._improvement = improvement
         self.errors = th.full((ensemble.ensemble_size,), th.inf, device=self._kept[0].device)
 
@@ -115,15 +116,15 @@ class KeptWeights:
             counts = errors < self.errors * (1.0 - self._improvement)
         for kept, parameter in zip(self._kept, self._parameters, strict=True):
             kept[counts] = parameter.detach()[counts]
-        self._last_bounds = [bound.detach().clone() for bound in self._bounds]
+        self._last_shared = [parameter.detach().clone() for parameter in self._shared]
         self.errors = th.where(counts, errors, self.errors)
         return bool(counts.any())
 
     def restore(self) -> None:
         """Every member returns to its own."""
         with th.no_grad():
-            values = [*self._kept, *self._last_bounds]
-            for value, parameter in zip(values, [*self._parameters, *self._bounds], strict=True):
+            values = [*self._kept, *self._last_shared]
+            for value, parameter in zip(values, [*self._parameters, *self._shared], strict=True):
                 parameter.copy_(value)
 
 
@@ -225,6 +226,8 @@ def fit_ensemble(
         steps_per_look = math.ceil(max_steps / N_LOOKS)
         kept = KeptWeights(ensemble, improvement=None)  # no look is stale: the steps alone end it
 
+    for group, decay in zip(optimizer.param_groups, (*config.layer_decays, 0.0), strict=True):
+        group["weight_decay"] = decay  # a loaded optimizer has those of its file
     batches = _batches(train.n_rows, config.batch_size, generator)
     steps = stale_looks = 0
     diverged, train_nll = False, math.nan
@@ -309,7 +312,7 @@ def fit_termination(
 ) -> tuple[float, float]:
     """
     Fits the termination head on batches that are half terminations. The head's scaling is the ensemble's, so fit that
-    first. Data without a termination leave it as it is.
+    first. Data without a termination leave it as it is; where every step ended, it says "always".
 
     :param dynamics: fitted in place
     :param optimizer: of ``dynamics.termination_head``
@@ -335,6 +338,8 @@ def fit_termination(
             loss.backward()
             optimizer.step()
         head.log_prior_odds.fill_(th.tensor(len(ended) / len(others)).log().item())
+    elif len(ended):
+        head.log_prior_odds.fill_(math.inf)
     with th.no_grad():
         predicted = head.terminated(
             dynamics.termination_inputs(holdout.observations, holdout.actions, holdout.next_observations)

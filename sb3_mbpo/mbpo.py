@@ -317,7 +317,8 @@ class MBPO(ResumableSAC):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        check_finite(self._last_obs, new_obs, reward, infos, self._vec_normalize_env)
+        started = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
+        check_finite(started, new_obs, reward, infos, self._vec_normalize_env)
         mark_lost_terminals(replay_buffer, dones, infos, self._vec_normalize_env)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 

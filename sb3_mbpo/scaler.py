@@ -29,6 +29,11 @@ class Standardizer(nn.Module):
         self.mean.copy_(values.mean(dim=0))
         self.std.copy_(th.where(std < self.min_std, 0.0, std))
 
+    def reset(self) -> None:
+        """It changes nothing again."""
+        self.mean.fill_(0.0)
+        self.std.fill_(1.0)
+
     @property
     def divisor(self) -> th.Tensor:
         """(dim,), what ``scale`` divides by: the standard deviation, and 1 where a dimension is constant"""

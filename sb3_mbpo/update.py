@@ -192,5 +192,6 @@ class Autograd:
         loss = (ent_coef * draw.log_prob - values).mean()
         self._model.actor.optimizer.zero_grad()
         trained = [parameter for parameter in self._model.actor.parameters() if parameter.requires_grad]
-        loss.backward(inputs=trained)  # spares the critics' gradients, which nobody wants here
+        if trained:
+            loss.backward(inputs=trained)  # spares the critics' gradients, which nobody wants here
         return loss.detach()

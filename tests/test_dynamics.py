@@ -164,6 +164,13 @@ def test_user_functions_that_return_something_else_are_refused(generator, functi
         (dict(max_grad_norm=0.0), r"'max_grad_norm'\] must be None, or above 0, but got 0.0"),
         (dict(ensemble_size=5.5), r"'ensemble_size'\] must be an int, but got 5.5"),
         (dict(weight_decay=[]), "'weight_decay'"),
+        (dict(learning_rate="1e-3"), r"'learning_rate'\] must be a number, but got '1e-3'"),
+        (dict(max_grad_norm="10"), r"'max_grad_norm'\] must be None, or a number, but got '10'"),
+        (dict(weight_decay="1e-4"), r"'weight_decay'\] must be a float, or one per layer, but got '1e-4'"),
+        (dict(net_arch=200), r"'net_arch'\] must be a list of layer widths such as \[200, 200\], but got 200"),
+        (dict(net_arch=[200.0]), "'net_arch'.*but got .200.0."),
+        (dict(net_arch=[200, 0]), "'net_arch'.*but got .200, 0."),
+        (dict(activation_fn="relu"), r"'activation_fn'\] must be a class of modules such as torch.nn.SiLU, but got 'relu'"),
     ],
 )
 def test_bad_dynamics_kwargs_are_refused(kwargs, message):
@@ -190,6 +197,8 @@ def test_the_default_weight_decay_follows_the_number_of_layers():
     assert DynamicsConfig.from_kwargs(None).layer_decays == (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
     assert DynamicsConfig.from_kwargs(dict(net_arch=[64, 64])).layer_decays == pytest.approx((2.5e-5, 7.5e-5, 1e-4))
     assert DynamicsConfig.from_kwargs(dict(net_arch=[64], weight_decay=0.1)).layer_decays == (0.1, 0.1)
+    assert DynamicsConfig.from_kwargs(dict(net_arch=[64], weight_decay=np.float32(0.5))).layer_decays == (0.5, 0.5)
+    assert DynamicsConfig.from_kwargs(dict(net_arch=[64], weight_decay=np.array([0.1, 0.2]))).layer_decays == (0.1, 0.2)
 
 
 def test_a_method_may_take_tensors():

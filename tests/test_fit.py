@@ -6,6 +6,7 @@ import pytest
 import torch as th
 from conftest import linear_gaussian, make_dynamics
 from gymnasium import spaces
+from torch import nn
 
 from sb3_mbpo.dynamics import Dynamics, DynamicsConfig
 from sb3_mbpo.fit import (
@@ -138,6 +139,20 @@ def test_weight_decay_is_the_papers_penalty_per_layer(generator):
         plain.step()
     for ours, reference in zip(by_adam.ensemble.parameters(), by_loss.ensemble.parameters(), strict=True):
         th.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_the_parameters_of_an_activation_are_trained_and_return_with_the_members(generator):
+    data, _ = linear_gaussian(200, generator)
+    dynamics = make_dynamics(generator, activation_fn=nn.PReLU, max_gradient_steps=20)
+    optimizer = make_optimizer(dynamics)
+    fit_ensemble(dynamics, optimizer, data, generator, is_first=True)
+    slope = dynamics.ensemble.activation.weight
+    learned = slope.item()
+    assert learned != 0.25
+    kept = KeptWeights(dynamics.ensemble, improvement=None)
+    slope.data.fill_(3.0)
+    kept.restore()
+    assert slope.item() == learned
 
 
 def test_members_differ_because_their_data_do(generator):
@@ -535,6 +550,16 @@ def test_without_a_termination_in_the_data_the_head_says_never(generator):
     precision, recall = fit_termination(dynamics, optimizer, data, generator)
     assert precision != precision and recall != recall  # NaN: nothing was there
     assert not dynamics.terminated(data.observations, data.actions, data.next_observations).any()
+
+
+def test_where_every_step_ends_the_task_the_head_says_always(generator):
+    dynamics = make_dynamics(generator)
+    data = half_plane(500, generator, threshold=-100.0)
+    optimizer = th.optim.Adam(dynamics.termination_head.parameters(), lr=3e-3)
+    assert fit_termination(dynamics, optimizer, data, generator) == (1.0, 1.0)
+    data = half_plane(500, generator, threshold=0.0)
+    precision, recall = fit_termination(dynamics, optimizer, data, generator)  # and it learns better later
+    assert precision > 0.9 and recall > 0.9
 
 
 def test_a_known_rule_that_contradicts_the_log_is_an_error_that_names_rows(generator):

@@ -9,7 +9,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_mbpo import DHMBPO, MBPO
@@ -277,6 +277,34 @@ def test_kinds_of_environments_all_imagine():
         assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
 
 
+def test_environments_that_are_none_of_sb3s_are_trained_on():
+    """As EnvPool's adapter does it: a wrapper around something that only steps."""
+
+    class Pool:
+        def __init__(self) -> None:
+            self.env = LineEnv()
+            self.num_envs, self.observation_space, self.action_space = 1, self.env.observation_space, self.env.action_space
+
+    class Adapter(VecEnvWrapper):
+        def reset(self):
+            return self.venv.env.reset()[0][None]
+
+        def step_async(self, actions):
+            self.actions = actions
+
+        def step_wait(self):
+            observation, reward, terminated, truncated, _ = self.venv.env.step(self.actions[0])
+            done, info = terminated or truncated, {"TimeLimit.truncated": truncated and not terminated}
+            if done:
+                info["terminal_observation"], observation = observation, self.venv.env.reset()[0]
+            return observation[None], np.array([reward]), np.array([done]), [info]
+
+        def seed(self, seed=None):
+            return [seed]
+
+    assert len(make(Adapter(Pool())).learn(80).imagined_buffer) > 0
+
+
 def test_set_env_reads_the_task_anew():
     model = make("Hopper-v5")
     rule = model.dynamics.termination_fn
@@ -302,6 +330,16 @@ def test_save_and_load_keep_the_model_that_imagines(tmp_path):
     assert watch.fits == [121, 140] and len(loaded.imagined_buffer) > 0
     state = loaded.dynamics_optimizer.state_dict()["state"][0]["step"]
     assert state > model.dynamics_optimizer.state_dict()["state"][0]["step"]  # Adam goes on
+
+
+def test_dynamics_kwargs_changed_on_loading_count_from_the_next_fit_on(tmp_path):
+    make().learn(80).save(tmp_path / "model")
+    changes = dict(weight_decay=(0.1, 0.2, 0.3), normalize_targets=False)
+    loaded = MBPO.load(tmp_path / "model", env=LineEnv(), dynamics_kwargs=ACTIVE["dynamics_kwargs"] | changes)
+    assert (loaded.dynamics.target_scaler.std != 1.0).all()  # the weights of the file belong to it
+    loaded.learn(60)
+    assert (loaded.dynamics.target_scaler.mean == 0.0).all() and (loaded.dynamics.target_scaler.std == 1.0).all()
+    assert [group["weight_decay"] for group in loaded.dynamics_optimizer.param_groups] == [0.1, 0.2, 0.3, 0.0]
 
 
 def test_a_saved_replay_buffer_can_be_fitted_to(tmp_path):
@@ -455,6 +493,18 @@ class Broken(gym.Wrapper):
         return observation, reward, terminated, truncated, info
 
 
+def test_a_first_observation_that_is_not_finite_is_refused_though_vec_normalize_clips_it():
+    class Lost(gym.Wrapper):
+        def reset(self, **kwargs):
+            _, info = self.env.reset(**kwargs)
+            return np.full(1, np.inf), info
+
+    model = make(VecNormalize(DummyVecEnv([lambda: Lost(LineEnv())]), training=False))
+    with pytest.raises(ValueError, match="its observation is"):
+        model.learn(10)
+    assert model.replay_buffer.size() == 0
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("where", ["observation", "reward"])
 def test_what_is_not_finite_never_enters_a_buffer(where, normalize):
@@ -562,6 +612,17 @@ def test_a_frozen_part_of_the_actor_stays_as_it_is():
     before = model.actor.latent_pi[0].weight.clone()
     model.learn(80)
     assert (model.actor.latent_pi[0].weight == before).all() and len(model.imagined_buffer) > 0
+
+
+@pytest.mark.parametrize("algorithm", [MBPO, DHMBPO])
+def test_the_critics_of_a_frozen_actor_are_trained(algorithm):
+    model = make(algorithm=algorithm)
+    model.actor.requires_grad_(False)
+    actor, critic = ([p.clone() for p in network.parameters()] for network in (model.actor, model.critic))
+    model.learn(80)
+    assert len(model.imagined_buffer) > 0
+    assert all((a == b).all() for a, b in zip(actor, model.actor.parameters(), strict=True))
+    assert all((a != b).any() for a, b in zip(critic, model.critic.parameters(), strict=True))
 
 
 def test_gsde_gives_every_imagined_row_its_own_noise():
