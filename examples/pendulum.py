@@ -40,7 +40,7 @@ def main() -> None:
     model = MBPO(settings.policy, env, seed=args.seed, **kwargs)
     before, _ = evaluate_policy(model, eval_env, n_eval_episodes=20)
 
-    evaluation = EvalCallback(eval_env, eval_freq=250, n_eval_episodes=10, log_path=str(args.out), verbose=0)
+    evaluation = EvalCallback(eval_env, eval_freq=min(250, args.steps), n_eval_episodes=10, log_path=str(args.out), verbose=0)
     model.learn(args.steps, callback=evaluation, progress_bar=True)
 
     sync_envs_normalization(env, eval_env)

@@ -32,8 +32,8 @@ class UnreadableFileError(DamagedFileError):
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes beside ``path``, syncs, renames. :param content: what JSON can hold"""
     body = json.dumps(content, sort_keys=True)
-    _replace(path, json.dumps({"sha256": _digest(body.encode()), "content": content}, sort_keys=True).encode())
-    _sync(path.parent)
+    replace_file(path, json.dumps({"sha256": _digest(body.encode()), "content": content}, sort_keys=True).encode())
+    sync_folder(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,9 +70,9 @@ class BlobStore:
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._new.append(path)
-            _replace(path, data)
+            replace_file(path, data)
         elif path.read_bytes() != data:  # damaged
-            _replace(path, data)
+            replace_file(path, data)
         return path.name
 
     def put_array(self, array: np.ndarray) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class BlobStore:
 
     def sync(self) -> None:
         """After this, all that was put survives a power cut."""
-        _sync(self.folder)
+        sync_folder(self.folder)
 
     def take_back(self) -> None:
         """Deletes the blobs that were not there before."""
@@ -146,7 +146,8 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def _replace(path: Path, data: memoryview | bytes) -> None:
+def replace_file(path: Path, data: memoryview | bytes) -> None:
+    """Writes beside ``path``, syncs, renames. :param data: what the file is to hold"""
     partial = _partial(path)
     with partial.open("wb") as file:
         file.write(data)
@@ -155,8 +156,14 @@ def _replace(path: Path, data: memoryview | bytes) -> None:
     os.replace(partial, path)
 
 
-def _sync(folder: Path) -> None:
-    """The names in it."""
+def sync_file(path: Path) -> None:
+    """After this, what is in the file survives a power cut."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """After this, the names in the folder survive a power cut."""
     if os.name == "nt":
         return  # Windows has no such call
     descriptor = os.open(folder, os.O_RDONLY)

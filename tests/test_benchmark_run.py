@@ -265,6 +265,28 @@ def test_a_finished_run_with_other_settings_is_not_what_was_asked_for(tmp_path):
     assert "holds a run with {'steps': 300}" in (tmp_path / "console").read_text()
 
 
+def test_scores_may_be_changed_after_a_run(tmp_path):
+    """They are the report's alone."""
+    train(make_run(), tmp_path)
+    scored, other = make_run(scores=[-1000, 0]), make_run(steps=500, scores=[1, 2])
+    with local_processes(1) as submit, open(tmp_path / "console", "w") as file:
+        assert run_all([scored], tmp_path, submit, Console(file=file)) == []
+        assert run_all([other], tmp_path, submit, Console(file=file)) == [other]  # another run, whose folder this is not
+    info = json.loads((tmp_path / scored.folder / "run.json").read_text())
+    assert info["scores"] == [-1000, 0] and info["steps"] == 300 and "versions" in info
+    assert "1 of 1 runs are finished already" in (tmp_path / "console").read_text()
+
+
+def test_a_damaged_run_stops_no_other(tmp_path):
+    damaged, right = make_run(seed=1), make_run()
+    (tmp_path / damaged.folder).mkdir(parents=True)
+    (tmp_path / damaged.folder / "run.json").touch()
+    with local_processes(1) as submit, open(tmp_path / "console", "w") as file:
+        assert run_all([damaged, right], tmp_path, submit, Console(file=file, width=1000)) == [damaged]
+    assert is_finished(right, tmp_path)
+    assert f"{damaged.folder}/run.json is damaged" in (tmp_path / "console").read_text()
+
+
 def test_one_process_at_a_time_trains_a_run(tmp_path):
     """The second waits, then finds the run finished."""
     run = make_run()
@@ -366,8 +388,9 @@ def test_a_killed_suite_goes_on_with_the_same_command(tmp_path, one_core):
     assert rows(second, tmp_path / "out").seconds[0] == before.seconds[0]  # it went on, instead of beginning anew
 
 
-def test_the_runs_of_a_killed_command_die_with_it(tmp_path):
-    """SIGKILL goes to the command alone. The long run's process lets go of the lock, and has not come to its end."""
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_the_runs_of_a_stopped_command_end_with_it(tmp_path, sent):
+    """The signal goes to the command alone. The long run's process lets go of the lock, and has not come to its end."""
     path = tmp_path / "suite.yml"
     algorithm = {"class": "stable_baselines3.SAC", "kwargs": {"batch_size": 8}}
     content = {"eval_freq": 100, "eval_episodes": 1, "seeds": [0], "environments": {"Pendulum-v1": {"steps": 100_000}}}
@@ -380,9 +403,10 @@ def test_the_runs_of_a_killed_command_die_with_it(tmp_path):
         while not list((tmp_path / "out" / run.folder).glob("checkpoint/steps_*")):
             assert process.poll() is None
             time.sleep(0.02)
-        process.kill()
+        process.send_signal(sent)
         with FileLock(tmp_path / "out" / run.folder / "lock", timeout=10):
             assert not is_finished(run, tmp_path / "out")
+        assert process.wait(timeout=10) != 0
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -397,10 +421,16 @@ def test_the_command_tells_how_many_runs_failed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["benchmark", "run", str(path), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match=r"1 of 1 runs failed\. The same command tries them again"):
         command_line.main()
-    monkeypatch.setattr("sys.argv", ["benchmark", "run", "slow"])
-    with pytest.raises(SystemExit) as stop:
-        command_line.main()
-    assert stop.value.code == 2 and "There is no suite 'slow'" in capsys.readouterr().err
+    for arguments, message in (
+        (["run", "slow"], "There is no suite 'slow'"),
+        (["run", "quick", "--jobs", "0"], "argument --jobs: must be an int of at least 1, but got '0'"),
+        (["run", "quick", "--address", "auto"], "`--address` is that of a Ray cluster: add `--backend ray`"),
+        (["speed", "--rounds", "-3"], "argument --rounds: must be an int of at least 1, but got '-3'"),
+    ):
+        monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            command_line.main()
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`")

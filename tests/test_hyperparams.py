@@ -131,6 +131,13 @@ def test_a_file_of_ones_own_is_read_by_its_path(tmp_path):
     assert isinstance(settings.n_timesteps, int)
 
 
+def test_a_merged_key_may_be_written_again(tmp_path):
+    path = tmp_path / "own.yml"
+    path.write_text("default: &all {n_timesteps: 1.0e+6, policy: M, tau: 0.1}\nLine-v0:\n  <<: *all\n  tau: 0.2")
+    assert load_settings("Line-v0", path).kwargs == {"tau": 0.2} and load_settings("Any-v0", path).kwargs == {"tau": 0.1}
+    assert load_settings("Line-v0", path).n_timesteps == 1_000_000
+
+
 def test_what_yaml_cannot_say_is_translated():
     written = {
         "learning_rate": "lin_3e-4",
@@ -173,6 +180,15 @@ def test_normalize_is_read_as_keyword_arguments(written, read, tmp_path):
             r"a YAML mapping as `policy_kwargs` of 'Line-v0' in .*own.yml, but got 'dict\(net_arch=\[64\]\)'",
         ),
         ("Line-v0: [", "own.yml is no YAML file: while parsing"),
+        ("Line-v0: {n_timesteps: 10, policy: MlpPolicy, tau: 0.1, tau: 0.2}", "own.yml is no YAML file: 'tau' is there twice"),
+        ("Line-v0: {n_timesteps: x, policy: MlpPolicy}", "a number as `n_timesteps` of 'Line-v0' in .*own.yml, but got 'x'"),
+        ("Line-v0: {n_timesteps: , policy: MlpPolicy}", "a number as `n_timesteps` of 'Line-v0' in .*own.yml, but got None"),
+        ("Line-v0: {n_timesteps: 10, policy: }", "text as `policy` of 'Line-v0' in .*own.yml, but got None"),
+        ("Line-v0: {n_timesteps: 10, policy: MlpPolicy, n_envs: }", "a number as `n_envs` of 'Line-v0' in .*, but got None"),
+        (
+            "Line-v0: {n_timesteps: 10, policy: MlpPolicy, normalize: {norm_rewards: false}}",
+            r"`normalize` has \['norm_rewards'\], which VecNormalize does not know. It may have \['clip_obs'",
+        ),
         ("[Line-v0]", r"Expected a YAML mapping in .*own.yml, but got \['Line-v0'\]"),
         ("Line-v0: 5", "own.yml needs a mapping for 'Line-v0', but it has 5"),
     ],

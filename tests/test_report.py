@@ -201,6 +201,7 @@ def evaluations_of(seeds, algorithm="A"):
         ({0: [1, 5], 1: [1, 1], 2: [1, 1]}, (None, 1, 3)),
         ({0: [1, 2]}, (None, 0, 1)),
         ({0: [float("nan"), 5]}, (2000, 1, 1)),
+        ({0: [float("inf"), 1]}, (None, 0, 1)),
         ({0: [1], 1: [1, 1, 5]}, (3000, 1, 2)),  # a run that has not finished counts as one that has not reached it
     ],
 )
@@ -433,6 +434,7 @@ def test_one_seed_has_a_score_without_an_interval(tmp_path):
     report = report_of(tmp_path)
     assert table_after(report, "Scores at the end")["A"] == ["1", "1", "0.70", "none"]
     assert table_after(report, "The probability that")["A"] == ["1", "1.00", "none"]
+    assert "- E: A has one seed, so neither its curve there nor its score has an interval." in report
 
 
 def test_returns_that_are_not_finite_are_reported(tmp_path):
@@ -448,6 +450,23 @@ def test_returns_that_are_not_finite_are_reported(tmp_path):
     assert table_after(report, "The probability that")["A"][1:] == ["not finite", "none"]
     assert table_after(report, "Scores at the end")["SAC"][2] == "1.00"
     assert "There is no finite return of A here to be reached." in report_of(tmp_path, baseline="A")
+
+
+def test_many_returns_that_are_not_finite_are_reported_too(tmp_path):
+    """On long curves the markers stand apart, and here there is no point to put one on."""
+    write_run(tmp_path, "E", "A", 0, ["nan"] * 12)
+    write_run(tmp_path, "E", "SAC", 0, [1.0] * 12)
+    assert "- E: A, seed 0: the return is not finite in 12 evaluations" in report_of(tmp_path)
+
+
+def test_the_table_has_the_decimals_of_the_returns_at_the_end(tmp_path):
+    """However bad the untrained policy was. And zero has no sign."""
+    for seed, end in enumerate((0.71, 0.81)):
+        write_run(tmp_path, "E", "A", seed, [-1e6, end])
+        write_run(tmp_path, "E", "SAC", seed, [-3.0, -0.0001])
+    report = report_of(tmp_path)
+    assert table_after(report, "## E")["A"][:2] == ["0.760 ± 0.071", "0: 0.710; 1: 0.810"]
+    assert table_after(report, "## E")["SAC"][0] == "0.000 ± 0.000"
 
 
 def test_the_improvement_counts_environments_that_both_have_only(tmp_path):

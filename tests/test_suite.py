@@ -165,12 +165,28 @@ def test_algorithms_are_found_by_module_and_class():
         ({"environments": {"Pendulum-v1": {"steps": 400, 1: 2}}}, r"but it has \['1', 'steps'\]"),
         ({"seeds": 3}, "a list of at least one entry as `seeds` in .*suite.yml, but got 3"),
         ({"seeds": [1, 1]}, "repeat no seed"),
+        ({"seeds": [True, 1]}, "seeds that are ints from 0 on, but got True"),
+        ({"algorithms": {1: {"class": "stable_baselines3.SAC"}}}, "text as the name of an algorithm, but got 1: write it in"),
+        ({"algorithms": {"A": {"class": "sb3_mbpo.MBPO", "settings": None}}}, "text as `settings`, but got None"),
+        ({"algorithms": {"SAC": {"class": ".foo.SAC"}}}, "no algorithm '.foo.SAC': write its module"),
+        (
+            {"algorithms": {"SAC": {"class": "stable_baselines3.SAC", "kwargs": {"learning_rate": "3e-4"}}}},
+            r"`learning_rate`, but got '3e-4'. \(To YAML, 3.0e-4 is a number",
+        ),
         ({"seeds": ["a"]}, "seeds that are ints from 0 on, but got 'a'"),
     ],
 )
 def test_what_nobody_understands_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_suite(write(tmp_path, **changes))
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path):
+    """YAML alone would drop the first one."""
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "  SAC: {class: sb3_contrib.TQC}\n")
+    with pytest.raises(ValueError, match="'SAC' is there twice"):
+        load_suite(path)
 
 
 def test_an_unknown_suite_is_refused_with_those_that_there_are():

@@ -15,9 +15,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
 
     speed = commands.add_parser("speed", help="updates, fit, imagination and a short run, as ratios within one run")
-    speed.add_argument("--threads", type=int, default=1, help="of PyTorch (default: %(default)s)")
-    speed.add_argument("--rounds", type=int, default=15, help="repetitions that medians are taken of (default: %(default)s)")
-    speed.add_argument("--width", type=int, default=256, help="of SAC's two hidden layers (default: %(default)s)")
+    speed.add_argument("--threads", type=_positive, default=1, help="of PyTorch (default: %(default)s)")
+    speed.add_argument(
+        "--rounds", type=_positive, default=15, help="repetitions that medians are taken of (default: %(default)s)"
+    )
+    speed.add_argument("--width", type=_positive, default=256, help="of SAC's two hidden layers (default: %(default)s)")
     speed.add_argument("--run-steps", type=int, default=500, help="of the run after warm-up; 0: no run (default: %(default)s)")
     speed.add_argument("--memory", action="store_true", help="also fill the imagined buffers of long rollouts (minutes)")
     speed.add_argument("--device", default="cpu", help="of the networks, such as cuda (default: %(default)s)")
@@ -28,7 +30,7 @@ def main() -> None:
     run.add_argument("suite", help="quick, laptop, mujoco, or a YAML file")
     run.add_argument("--out", type=Path, help="folder of the results (default: results/SUITE)")
     run.add_argument("--backend", choices=("local", "ray"), default="local", help="(default: %(default)s)")
-    run.add_argument("--jobs", type=int, default=os.cpu_count(), help="local: runs at a time (default: %(default)s)")
+    run.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="local: runs at a time (default: %(default)s)")
     run.add_argument("--address", help="ray: of the cluster (default: a new one on this machine)")
     run.set_defaults(command=_run)
 
@@ -47,6 +49,12 @@ def main() -> None:
         parser.exit(2, f'{error}. Install what the benchmark needs: pip install "sb3_mbpo[benchmark]"\n')
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an int of at least 1, but got {text!r}")
+    return int(text)
+
+
 def _speed(arguments: argparse.Namespace) -> None:
     result = measure_speed(
         arguments.threads, arguments.rounds, arguments.width, arguments.run_steps, arguments.memory, arguments.device
@@ -61,6 +69,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from sb3_mbpo.benchmark.runner import local_processes, ray_cluster, run_all  # their packages come with the extra
     from sb3_mbpo.benchmark.suite import load_suite
 
+    if arguments.address is not None and arguments.backend != "ray":
+        raise ValueError("`--address` is that of a Ray cluster: add `--backend ray`, or leave it out.")
     runs = load_suite(arguments.suite)
     results = arguments.out or Path("results", Path(arguments.suite).stem)
     backend = ray_cluster(arguments.address) if arguments.backend == "ray" else local_processes(arguments.jobs)

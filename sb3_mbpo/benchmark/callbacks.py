@@ -13,6 +13,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 from sb3_mbpo.benchmark.results import COLUMNS
+from sb3_mbpo.storage import replace_file, sync_file, sync_folder
 
 
 class Evaluation(BaseCallback):
@@ -113,7 +114,11 @@ class PlainCheckpoints(BaseCallback):
         self.model.save_replay_buffer(partial / "replay_buffer.pkl")
         if (normalization := self.model.get_vec_normalize_env()) is not None:
             normalization.save(str(partial / "vec_normalize.pkl"))
+        for file in partial.iterdir():
+            sync_file(file)
+        sync_folder(partial)
         partial.rename(self.folder / f"steps_{self.num_timesteps}")
+        sync_folder(self.folder)
         for folder in earlier:
             shutil.rmtree(folder)
 
@@ -129,7 +134,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Nobody ever reads half of it."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    """Nobody ever reads half of it, not after a power cut either."""
+    replace_file(path, text.encode())
+    sync_folder(path.parent)

@@ -29,8 +29,9 @@ Returns are those of the deterministic policy, means of several episodes. The en
 all its seeds have. The interquartile mean is the mean of the middle half of all runs: a quarter of them, rounded down, is cut
 from either end, so that of fewer than four runs is the plain mean. Intervals are 95 % percentile intervals of a stratified
 bootstrap: {RESAMPLES:,} times the runs are drawn anew, within each environment. They tell of other seeds, not of other
-environments, and need two seeds at least. Of two or three seeds on one environment they reach from the lowest to the highest.
-From few runs they come out too narrow: "1.00 to 1.00" says that every run won, not that every other one will."""
+environments, and need two seeds at least on every environment. Of two or three seeds on one environment they reach from the
+lowest to the highest. From few runs they come out too narrow: "1.00 to 1.00" says that every run won, not that every other one
+will."""
 
 
 class Benchmark(NamedTuple):
@@ -123,6 +124,9 @@ def _what_to_know(benchmark: Benchmark) -> list[str]:
         if seeds.nunique() > 1:
             differing = "; ".join(f"{algorithm} {found}" for algorithm, found in seeds.items())
             lines.append(f"{environment}: the algorithms have different seeds: {differing}. Compare them seed by seed.")
+    seeds_of = benchmark.common.groupby(["environment", "algorithm"])["seed"].nunique()
+    for environment, algorithm in seeds_of[seeds_of == 1].index:
+        lines.append(f"{environment}: {algorithm} has one seed, so neither its curve there nor its score has an interval.")
     found = benchmark.common.groupby("algorithm")["environment"].agg(frozenset)
     if found.nunique() > 1:
         lines.append("Not all algorithms have the same environments, so their scores are means of different tasks.")
@@ -194,7 +198,7 @@ def _environment(benchmark: Benchmark, environment: str) -> list[str]:
     picture = re.sub(r"[^A-Za-z0-9.-]", "_", environment) + ".png"
     draw_curves(benchmark.out / picture, environment, curves, benchmark.styles)
     header = ["algorithm", "return at the end", "each seed", "last three evaluations", "steps", "minutes", "updates / second"]
-    returns = common["return_mean"].abs()
+    returns = last_evaluations(common)["return_mean"].abs()
     decimals = _decimals(returns[np.isfinite(returns)].max())
     return [
         f"## {environment}",
@@ -300,4 +304,6 @@ def _number(value: float, decimals: int | None = None) -> str:
     """
     if not math.isfinite(value):
         return "not finite"
-    return f"{value:,.{_decimals(value) if decimals is None else decimals}f}".replace("-", "\N{MINUS SIGN}")
+    decimals = _decimals(value) if decimals is None else decimals
+    rounded = round(value, decimals) + 0.0  # no negative zero
+    return f"{rounded:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from sb3_mbpo.benchmark.callbacks import read_rows
 from sb3_mbpo.benchmark.suite import Run
-from sb3_mbpo.benchmark.training import is_finished, steps_so_far, train
+from sb3_mbpo.benchmark.training import is_finished, steps_so_far, train, update_scores
 
 #: Starts a run, given the folder of the results.
 Submit = Callable[[Run, Path], "Future[None]"]
@@ -28,7 +28,12 @@ Submit = Callable[[Run, Path], "Future[None]"]
 
 @contextmanager
 def local_processes(jobs: int) -> Iterator[Submit]:
-    """:param jobs: runs at a time, each in a process of its own"""
+    """
+    An error, or Ctrl-C, ends all of them at once; they go on from their checkpoints when they are started again.
+
+    :param jobs: runs at a time, each in a process of its own
+    """
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
 
     def train_in_own_process(run: Run, results: Path) -> None:
@@ -39,6 +44,11 @@ def local_processes(jobs: int) -> Iterator[Submit]:
     threads = ThreadPoolExecutor(jobs)
     try:
         yield lambda run, results: threads.submit(train_in_own_process, run, results)
+    except BaseException:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
     finally:
         threads.shutdown(cancel_futures=True)
 
@@ -62,13 +72,16 @@ def ray_cluster(address: str | None) -> Iterator[Submit]:
     (Ray counts those that ran out of memory apart).
 
     :param address: of a cluster, such as ``"auto"``; ``None``: a new one on this machine, even where another runs
-    :raises ValueError: when Ray is not installed
+    :raises ValueError: when Ray is not installed, or there is no such cluster
     """
     try:
         import ray
     except ImportError as error:
         raise ValueError('The backend "ray" needs Ray: `pip install "sb3_mbpo[ray]"`.') from error
-    ray.init(address=address or "local", log_to_driver=False)
+    try:
+        ray.init(address=address or "local", log_to_driver=False)
+    except ConnectionError as error:
+        raise ValueError(f"There is no Ray cluster at {address!r}: {error}") from error
     remote_train = ray.remote(num_cpus=1, max_retries=10)(train)
     try:
         yield lambda run, results: remote_train.remote(run, results).future()
@@ -87,7 +100,7 @@ def run_all(runs: Sequence[Run], results: Path, submit: Submit, console: Console
     :return: the runs that failed. One that fails stops no other
     """
     results = results.resolve()
-    todo = [run for run in runs if not is_finished(run, results)]
+    todo = [run for run in runs if _is_to_be_trained(run, results)]
     if len(todo) < len(runs):
         console.print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already.")
     futures = {submit(run, results): run for run in todo}
@@ -106,6 +119,15 @@ def run_all(runs: Sequence[Run], results: Path, submit: Submit, console: Console
                 progress.update(bars[run.folder], completed=steps[run.folder], visible=under_way)
             progress.update(everything, completed=sum(steps.values()))
     return [run for future, run in futures.items() if future.exception() is not None]
+
+
+def _is_to_be_trained(run: Run, results: Path) -> bool:
+    """One whose folder is damaged, too: it says so and fails, and stops no other."""
+    try:
+        update_scores(run, results)
+        return not is_finished(run, results)
+    except ValueError:
+        return True
 
 
 def _last_words(run: Run, results: Path, error: BaseException | None) -> str:

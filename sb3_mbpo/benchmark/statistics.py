@@ -121,7 +121,7 @@ def steps_to_threshold(evaluations: pd.DataFrame, threshold: float) -> Reached:
     """
     returns = evaluations["return_mean"]
     reaches = (returns >= threshold) | np.isclose(returns, threshold, rtol=1e-9, atol=0)  # a mean of equals is rounded
-    first = sorted(evaluations[reaches].groupby("seed")["steps"].min())
+    first = sorted(evaluations[reaches & np.isfinite(returns)].groupby("seed")["steps"].min())
     seeds = evaluations["seed"].nunique()
     middle = (seeds - 1) // 2
     return Reached(int(first[middle]) if len(first) > middle else None, len(first), seeds)

@@ -34,7 +34,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.benchmark.results import check_scores
-from sb3_mbpo.hyperparams import Settings, load_settings, normalize_kwargs, read_yaml
+from sb3_mbpo.hyperparams import Settings, as_arguments, load_settings, normalize_kwargs, read_yaml
 from sb3_mbpo.schedules import check_positive
 
 FOLDER = Path(__file__).parent / "suites"
@@ -122,7 +122,7 @@ def algorithm_class(name: str) -> type[OffPolicyAlgorithm]:
     try:
         module, _, attribute = name.rpartition(".")
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"There is no algorithm {name!r}: write its module and class, such as 'sb3_contrib.TQC'.") from error
     if not (isinstance(found, type) and issubclass(found, OffPolicyAlgorithm)):
         raise ValueError(f"{name!r} is no off-policy algorithm of Stable-Baselines3, and the benchmark compares only those.")
@@ -135,7 +135,10 @@ def _make_run(
     _check_keys(environment, of_environment, IN_ENVIRONMENT, {"steps"})
     _check_keys(algorithm, of_algorithm, IN_ALGORITHM, {"class"})
     env_id = _registered(environment)
-    if not isinstance(seed, int) or seed < 0:
+    for what, text in (("the name of an algorithm", algorithm), ("`settings`", of_algorithm.get("settings", ""))):
+        if not isinstance(text, str):
+            raise ValueError(f"Expected text as {what}, but got {text!r}: write it in quotes.")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"Expected seeds that are ints from 0 on, but got {seed!r}.")
     for name, found in (("env_kwargs", of_environment.get("env_kwargs", {})), ("kwargs", of_algorithm.get("kwargs", {}))):
         if not isinstance(found, dict):
@@ -202,6 +205,7 @@ def _keyword_arguments(of_algorithm: Mapping[str, Any], settings: Settings) -> d
     kwargs = {**kwargs, **of_algorithm.get("kwargs", {})}
     if unknown := set(kwargs) - known:
         raise ValueError(f"{of_algorithm['class']} has no parameters {sorted(unknown)}; it has {sorted(known)}.")
+    as_arguments(kwargs)  # now, before anything runs, it says what it cannot read
     return kwargs
 
 

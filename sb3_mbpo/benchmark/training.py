@@ -62,6 +62,13 @@ def is_finished(run: Run, results: Path) -> bool:
     return (folder / "model.zip").exists() and not _differences(run, folder)
 
 
+def update_scores(run: Run, results: Path) -> None:
+    """Those of the suite, which only the report reads, replace others in ``run.json``, if there is one of this run."""
+    path = results / run.folder / "run.json"
+    if path.exists() and not _differences(run, path.parent) and (info := _read(path)).get("scores") != run.scores:
+        write_whole(path, json.dumps(info | {"scores": run.scores}, indent=2))
+
+
 def steps_so_far(run: Run, results: Path) -> int:
     """:return: environment steps, as of a few seconds ago"""
     try:
@@ -102,7 +109,7 @@ def _describe(run: Run, folder: Path, from_step: int) -> None:
     }
     info = asdict(run) | now
     if from_step > 0:
-        info = json.loads(path.read_text())
+        info = _read(path)
         continued = info.get("continued", [])
         before = [info, *continued][-1]
         if any(before.get(name) != now[name] for name in ("versions", "commit", "machine")):
@@ -111,10 +118,19 @@ def _describe(run: Run, folder: Path, from_step: int) -> None:
 
 
 def _differences(run: Run, folder: Path) -> dict[str, tuple[Any, Any]]:
-    """:return: by name, what ``run.json`` says and what the run is to have, where they are not the same"""
+    """:return: by name, what ``run.json`` says and what the run is to have, where they are not the same and it matters"""
     path, asked = folder / "run.json", json.loads(json.dumps(asdict(run)))
-    found = json.loads(path.read_text()) if path.exists() else asked
+    del asked["scores"]  # the report's alone
+    found = _read(path) if path.exists() else asked
     return {name: (found.get(name), asked[name]) for name in asked if found.get(name) != asked[name]}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        info: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete its folder, and the run begins anew.") from error
+    return info
 
 
 def _train(run: Run, folder: Path) -> None:

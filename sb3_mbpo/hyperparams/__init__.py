@@ -5,13 +5,16 @@ those of DHMBPO.
 The Zoo reads the files by itself; the benchmark and the examples call :func:`load_settings`.
 """
 
+import inspect
 import re
 from copy import deepcopy
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecNormalize
 
 FOLDER = Path(__file__).parent
 
@@ -68,8 +71,12 @@ def load_settings(env_id: str, name: str | Path = "mbpo") -> Settings:
             )
     kwargs = dict(found)
     normalize = normalize_kwargs(kwargs.pop("normalize", False))
-    n_timesteps, policy = int(kwargs.pop("n_timesteps")), kwargs.pop("policy")
-    return Settings(n_timesteps, policy, kwargs.pop("n_envs", 1), kwargs.pop("env_kwargs", {}), normalize, kwargs)
+    n_timesteps, policy, n_envs = kwargs.pop("n_timesteps"), kwargs.pop("policy"), kwargs.pop("n_envs", 1)
+    for argument, value, kind in (("n_timesteps", n_timesteps, Real), ("policy", policy, str), ("n_envs", n_envs, Integral)):
+        if not isinstance(value, kind):
+            what = "text" if kind is str else "a number"
+            raise ValueError(f"Expected {what} as `{argument}` of {env_id!r} in {path}, but got {value!r}.")
+    return Settings(int(n_timesteps), policy, n_envs, kwargs.pop("env_kwargs", {}), normalize, kwargs)
 
 
 def as_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +96,10 @@ def _as_argument(name: str, value: Any) -> Any:
         return deepcopy(value)  # SB3 changes what it gets
     match = re.fullmatch(r"lin_(\d+\.?\d*(e-?\d+)?)", value)
     if match is None or float(match[1]) == 0.0:
-        raise ValueError(f"Expected a positive number, or 'lin_' and one, as `learning_rate`, but got {value!r}.")
+        raise ValueError(
+            f"Expected a positive number, or 'lin_' and one, as `learning_rate`, but got {value!r}. (To YAML, 3.0e-4 is a "
+            "number and 3e-4 is text.)"
+        )
     return LinearSchedule(float(match[1]), 0.0, 1.0)
 
 
@@ -97,10 +107,10 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     """
     :param path: of a YAML file
     :return: its mapping, which is empty if the file is
-    :raises ValueError: when it is no YAML, or something else than a mapping
+    :raises ValueError: when it is no YAML, a key is repeated, or it is something else than a mapping
     """
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.load(path.read_text(), _Loader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML file: {error}") from error
     if not isinstance(content, dict):
@@ -108,14 +118,30 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     return content
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML's own would keep the last of several equal keys, and drop the others without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.composer.ComposerError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return node
+
+
 def normalize_kwargs(normalize: bool | dict[str, Any]) -> dict[str, Any] | None:
     """
     :param normalize: the Zoo's word: whether to wrap the environments in ``VecNormalize``, or its keyword arguments
     :return: its keyword arguments, or ``None``
-    :raises ValueError: for anything else, such as an expression, which the Zoo would evaluate
+    :raises ValueError: for anything else, such as an expression, which the Zoo would evaluate, or an argument it does not have
     """
     if not isinstance(normalize, bool | dict):
         raise ValueError(f"Expected true, false or a YAML mapping as `normalize`, but got {normalize!r}.")
     if isinstance(normalize, bool):
         return {} if normalize else None
+    known = sorted(set(inspect.signature(VecNormalize).parameters) - {"venv"})
+    if unknown := sorted(set(normalize) - set(known)):
+        raise ValueError(f"`normalize` has {unknown}, which VecNormalize does not know. It may have {known}.")
     return dict(normalize)
