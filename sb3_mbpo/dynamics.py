@@ -92,21 +92,29 @@ class DynamicsConfig:
         return config
 
     def _check_types(self) -> None:
-        whole = ["ensemble_size", "n_elites", "batch_size", "max_holdout", "patience"]
-        real = ["learning_rate", "likelihood_beta", "holdout_ratio", "improvement"]
-        widths = all(isinstance(width, Integral) and int(width) >= 1 for width in np.atleast_1d(self.net_arch))
-        decays = all(isinstance(decay, Real) for decay in np.atleast_1d(self.weight_decay))
-        norm = self.max_grad_norm is None or isinstance(self.max_grad_norm, Real)
-        self._check(
-            [
-                *((name, isinstance(getattr(self, name), Integral), "an int") for name in whole),
-                *((name, isinstance(getattr(self, name), Real), "a number") for name in real),
-                ("max_grad_norm", norm, "None, or a number"),
-                ("net_arch", widths and np.ndim(self.net_arch) == 1, "a list of layer widths such as [200, 200]"),
-                ("weight_decay", decays, "a float, or one per layer"),
-                ("activation_fn", callable(self.activation_fn), "a class of modules such as torch.nn.SiLU"),
-            ]
+        kinds: dict[str, tuple[type, list[str]]] = {
+            "an int": (Integral, ["ensemble_size", "n_elites", "batch_size", "max_holdout", "patience"]),
+            "a number": (Real, ["learning_rate", "likelihood_beta", "holdout_ratio", "improvement"]),
+            "True or False": (bool, ["normalize_targets", "constant_noise"]),
+        }
+        rules = [
+            (name, isinstance(getattr(self, name), kind), expected)
+            for expected, (kind, names) in kinds.items()
+            for name in names
+        ]
+        net_arch, decays, norm, activation = self.net_arch, self.weight_decay, self.max_grad_norm, self.activation_fn
+        are_widths = isinstance(net_arch, Sequence) and all(
+            isinstance(width, Integral) and int(width) >= 1 for width in net_arch
         )
+        are_decays = all(isinstance(decay, Real) for decay in (decays if isinstance(decays, Sequence) else [decays]))
+        is_class = callable(activation) and not isinstance(activation, nn.Module)
+        rules += [
+            ("net_arch", are_widths, "a list of layer widths such as [200, 200]"),
+            ("weight_decay", are_decays, "a float, or a list of one per layer"),
+            ("max_grad_norm", norm is None or isinstance(norm, Real), "None, or a number"),
+            ("activation_fn", is_class, "a class, such as torch.nn.SiLU"),
+        ]
+        self._check(rules)
 
     def _check_ranges(self) -> None:
         n_layers = len(self.net_arch) + 1
@@ -115,7 +123,7 @@ class DynamicsConfig:
             ("n_elites", 1 <= self.n_elites <= self.ensemble_size, f"from 1 to `ensemble_size`={self.ensemble_size}"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
             ("weight_decay", len(self.layer_decays) == n_layers, f"a float, or {n_layers} floats, one per layer"),
-            ("weight_decay", min(self.layer_decays, default=0) >= 0, "at least 0"),
+            ("weight_decay", all(decay >= 0 for decay in self.layer_decays), "at least 0"),
             ("likelihood_beta", 0 <= self.likelihood_beta <= 1, "from 0 to 1"),
             ("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "None, or above 0"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
@@ -140,9 +148,9 @@ class DynamicsConfig:
     @property
     def layer_decays(self) -> tuple[float, ...]:
         """The weight decay of each layer, first to last."""
-        if isinstance(self.weight_decay, float | Real):
-            return (float(self.weight_decay),) * (len(self.net_arch) + 1)
-        return tuple(self.weight_decay)
+        if isinstance(self.weight_decay, Sequence):
+            return tuple(map(float, self.weight_decay))
+        return (float(self.weight_decay),) * (len(self.net_arch) + 1)
 
 
 def _are_steps(steps: Any) -> bool:

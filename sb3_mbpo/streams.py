@@ -96,7 +96,8 @@ def begin_episodes(env: VecEnv, streams: EpisodeStreams) -> Any:
     :param streams: where the streams after the beginning are not known, they go on from what the reset draws
     :return: the first observations
     """
-    env.unwrapped._reset_seeds()  # a seed for the next reset would replace the streams
+    if any(state is not None for state in (*streams.before, *streams.after)):
+        env.unwrapped._reset_seeds()  # a seed for the next reset would replace the streams
     set_environment_streams(env, streams.before)
     observations = env.reset()
     set_environment_streams(env, streams.after)

@@ -277,10 +277,11 @@ def test_scores_may_be_changed_after_a_run(tmp_path):
     assert "1 of 1 runs are finished already" in (tmp_path / "console").read_text()
 
 
-def test_a_damaged_run_stops_no_other(tmp_path):
+@pytest.mark.parametrize("content", ["", "null"])
+def test_a_damaged_run_stops_no_other(tmp_path, content):
     damaged, right = make_run(seed=1), make_run()
     (tmp_path / damaged.folder).mkdir(parents=True)
-    (tmp_path / damaged.folder / "run.json").touch()
+    (tmp_path / damaged.folder / "run.json").write_text(content)
     with local_processes(1) as submit, open(tmp_path / "console", "w") as file:
         assert run_all([damaged, right], tmp_path, submit, Console(file=file, width=1000)) == [damaged]
     assert is_finished(right, tmp_path)
@@ -328,6 +329,14 @@ def test_a_run_that_fails_or_dies_harms_no_other(tmp_path):
     assert "1 of 2 runs are finished already" in (tmp_path / "console").read_text()
     assert rows(killed, tmp_path).seconds[0] == first  # it went on, instead of beginning anew
     assert is_finished(killed, tmp_path)
+
+
+def test_an_interrupt_ends_runs_that_are_about_to_start(tmp_path):
+    long = [make_run("stable_baselines3.SAC", seed=seed, steps=10**6) for seed in range(3)]
+    with pytest.raises(KeyboardInterrupt), local_processes(1) as submit:
+        futures = [submit(run, tmp_path) for run in long]
+        raise KeyboardInterrupt
+    assert all(future.done() for future in futures) and not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("message", ["[enforce fail] out of memory", "nothing in [/data/x]"])
@@ -398,7 +407,8 @@ def test_the_runs_of_a_stopped_command_end_with_it(tmp_path, sent):
     command = [sys.executable, "-m", "sb3_mbpo.benchmark", "run", str(path), "--out", str(tmp_path / "out")]
     (run,) = load_suite(path)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=subprocess.DEVNULL)
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # which a background job may ignore
+    process = subprocess.Popen(command, start_new_session=True, env=environment, stdout=subprocess.DEVNULL, **options)
     try:
         while not list((tmp_path / "out" / run.folder).glob("checkpoint/steps_*")):
             assert process.poll() is None

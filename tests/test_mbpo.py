@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNorm
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_mbpo import DHMBPO, MBPO
+from sb3_mbpo.checkpoint import load_checkpoint, save_checkpoint
 from sb3_mbpo.fit import fit_ensemble
 
 
@@ -277,7 +278,7 @@ def test_kinds_of_environments_all_imagine():
         assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
 
 
-def test_environments_that_are_none_of_sb3s_are_trained_on():
+def test_environments_that_are_none_of_sb3s_are_trained_on(tmp_path):
     """As EnvPool's adapter does it: a wrapper around something that only steps."""
 
     class Pool:
@@ -302,7 +303,11 @@ def test_environments_that_are_none_of_sb3s_are_trained_on():
         def seed(self, seed=None):
             return [seed]
 
-    assert len(make(Adapter(Pool())).learn(80).imagined_buffer) > 0
+    model = make(Adapter(Pool())).learn(80)
+    assert len(model.imagined_buffer) > 0
+    save_checkpoint(model, tmp_path)
+    resumed = load_checkpoint(tmp_path, Adapter(Pool()))
+    assert resumed.learn(20, reset_num_timesteps=False).num_timesteps == 100
 
 
 def test_set_env_reads_the_task_anew():
@@ -333,7 +338,8 @@ def test_save_and_load_keep_the_model_that_imagines(tmp_path):
 
 
 def test_dynamics_kwargs_changed_on_loading_count_from_the_next_fit_on(tmp_path):
-    make().learn(80).save(tmp_path / "model")
+    numbers = dict(learning_rate=np.float64(1e-3), weight_decay=list(np.full(3, 1e-5)))  # NumPy's, too
+    make(dynamics_kwargs=ACTIVE["dynamics_kwargs"] | numbers).learn(80).save(tmp_path / "model")
     changes = dict(weight_decay=(0.1, 0.2, 0.3), normalize_targets=False)
     loaded = MBPO.load(tmp_path / "model", env=LineEnv(), dynamics_kwargs=ACTIVE["dynamics_kwargs"] | changes)
     assert (loaded.dynamics.target_scaler.std != 1.0).all()  # the weights of the file belong to it

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from sb3_mbpo.benchmark import __main__ as command_line
 from sb3_mbpo.benchmark.figures import COLORS, MARKERS, make_styles
-from sb3_mbpo.benchmark.report import write_report
+from sb3_mbpo.benchmark.report import _number, write_report
 from sb3_mbpo.benchmark.results import load_results
 from sb3_mbpo.benchmark.statistics import (
     common_evaluations,
@@ -467,6 +467,11 @@ def test_the_table_has_the_decimals_of_the_returns_at_the_end(tmp_path):
     report = report_of(tmp_path)
     assert table_after(report, "## E")["A"][:2] == ["0.760 ± 0.071", "0: 0.710; 1: 0.810"]
     assert table_after(report, "## E")["SAC"][0] == "0.000 ± 0.000"
+
+
+def test_a_mean_is_rounded_as_its_seeds_are():
+    """NumPy's own rounding would make 123.4 of it."""
+    assert _number(np.float64(123.45), 1) == _number(123.45, 1) == "123.5"
 
 
 def test_the_improvement_counts_environments_that_both_have_only(tmp_path):

@@ -71,7 +71,9 @@ class StepsFile(BaseCallback):
 
     def _on_step(self) -> bool:
         if time.monotonic() >= self.due:
-            write_whole(self.path, str(self.num_timesteps))
+            partial = self.path.with_name(f"{self.path.name}.partial")
+            partial.write_text(str(self.num_timesteps))
+            partial.replace(self.path)
             self.due = time.monotonic() + 2.0
         return True
 

@@ -305,5 +305,5 @@ def _number(value: float, decimals: int | None = None) -> str:
     if not math.isfinite(value):
         return "not finite"
     decimals = _decimals(value) if decimals is None else decimals
-    rounded = round(value, decimals) + 0.0  # no negative zero
+    rounded = round(float(value), decimals) + 0.0  # no negative zero
     return f"{rounded:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")

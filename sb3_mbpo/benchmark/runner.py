@@ -8,6 +8,7 @@ of the results.
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ Submit = Callable[[Run, Path], "Future[None]"]
 @contextmanager
 def local_processes(jobs: int) -> Iterator[Submit]:
     """
-    An error, or Ctrl-C, ends all of them at once; they go on from their checkpoints when they are started again.
+    An error of the command itself, or Ctrl-C, ends all of them at once. Started again, they go on from their checkpoints.
 
     :param jobs: runs at a time, each in a process of its own
     """
@@ -42,12 +43,20 @@ def local_processes(jobs: int) -> Iterator[Submit]:
             process.submit(train, run, results).result()
 
     threads = ThreadPoolExecutor(jobs)
+    futures: list[Future[None]] = []
+
+    def submit(run: Run, results: Path) -> "Future[None]":
+        futures.append(threads.submit(train_in_own_process, run, results))
+        return futures[-1]
+
     try:
-        yield lambda run, results: threads.submit(train_in_own_process, run, results)
+        yield submit
     except BaseException:
         threads.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
+        while not all(future.done() for future in futures):  # a process that is about to start is none yet
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            time.sleep(0.05)
         raise
     finally:
         threads.shutdown(cancel_futures=True)
@@ -126,7 +135,7 @@ def _is_to_be_trained(run: Run, results: Path) -> bool:
     try:
         update_scores(run, results)
         return not is_finished(run, results)
-    except ValueError:
+    except (OSError, ValueError):
         return True
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
@@ -29,6 +29,7 @@ from sb3_mbpo.benchmark.provenance import commit, processor, versions
 from sb3_mbpo.benchmark.suite import Run, algorithm_class
 from sb3_mbpo.checkpoint import CheckpointCallback, checkpoints, load_checkpoint
 from sb3_mbpo.hyperparams import as_arguments
+from sb3_mbpo.storage import sync_file, sync_folder
 
 #: Whatever a run normalises, its evaluation neither learns from what it sees nor touches the returns.
 EVALUATED = {"training": False, "norm_reward": False}
@@ -64,9 +65,12 @@ def is_finished(run: Run, results: Path) -> bool:
 
 def update_scores(run: Run, results: Path) -> None:
     """Those of the suite, which only the report reads, replace others in ``run.json``, if there is one of this run."""
-    path = results / run.folder / "run.json"
-    if path.exists() and not _differences(run, path.parent) and (info := _read(path)).get("scores") != run.scores:
-        write_whole(path, json.dumps(info | {"scores": run.scores}, indent=2))
+    folder = results / run.folder
+    path = folder / "run.json"
+    if not path.exists() or _differences(run, folder) or _read(path).get("scores") == run.scores:
+        return
+    with contextlib.suppress(Timeout), FileLock(folder / "lock", timeout=0):  # never while it is under way elsewhere
+        write_whole(path, json.dumps(_read(path) | {"scores": run.scores}, indent=2))
 
 
 def steps_so_far(run: Run, results: Path) -> int:
@@ -127,9 +131,11 @@ def _differences(run: Run, folder: Path) -> dict[str, tuple[Any, Any]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        info: dict[str, Any] = json.loads(path.read_text())
+        info = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Delete its folder, and the run begins anew.") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} is damaged: it holds {info!r}. Delete its folder, and the run begins anew.")
     return info
 
 
@@ -147,7 +153,9 @@ def _train(run: Run, folder: Path) -> None:
     callbacks = [evaluation, StepsFile(folder / "steps.txt"), saving]
     model.learn(run.steps - model.num_timesteps, callback=callbacks, reset_num_timesteps=False)
     model.save(folder / "partial.zip")
+    sync_file(folder / "partial.zip")
     (folder / "partial.zip").replace(folder / "model.zip")
+    sync_folder(folder)
     shutil.rmtree(saved, ignore_errors=True)
 
 

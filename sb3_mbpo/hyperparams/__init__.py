@@ -6,6 +6,7 @@ The Zoo reads the files by itself; the benchmark and the examples call :func:`lo
 """
 
 import inspect
+import math
 import re
 from copy import deepcopy
 from numbers import Integral, Real
@@ -50,9 +51,9 @@ def load_settings(env_id: str, name: str | Path = "mbpo") -> Settings:
     :param env_id: of Gymnasium; what the file does not list gets its ``default``
     :param name: see :func:`settings_file`
     :return: what the file says about the environment
-    :raises ValueError: when there is no such file, it is no YAML mapping of mappings, neither the environment nor a
-        ``default`` is in it, or no ``n_timesteps`` or ``policy`` there; or when ``normalize``, or keyword arguments such as
-        ``policy_kwargs``, are Python code in a string, which only the Zoo runs
+    :raises ValueError: when there is no such file, it is no YAML mapping of mappings, or has a key twice; when neither the
+        environment nor a ``default`` is in it, or no ``n_timesteps`` or ``policy`` there; when a value is of the wrong type,
+        such as ``policy_kwargs`` in Python code, which only the Zoo runs; or when ``VecNormalize`` has no such argument
     """
     path = settings_file(name)
     content = read_yaml(path)
@@ -71,12 +72,22 @@ def load_settings(env_id: str, name: str | Path = "mbpo") -> Settings:
             )
     kwargs = dict(found)
     normalize = normalize_kwargs(kwargs.pop("normalize", False))
-    n_timesteps, policy, n_envs = kwargs.pop("n_timesteps"), kwargs.pop("policy"), kwargs.pop("n_envs", 1)
-    for argument, value, kind in (("n_timesteps", n_timesteps, Real), ("policy", policy, str), ("n_envs", n_envs, Integral)):
-        if not isinstance(value, kind):
-            what = "text" if kind is str else "a number"
-            raise ValueError(f"Expected {what} as `{argument}` of {env_id!r} in {path}, but got {value!r}.")
-    return Settings(int(n_timesteps), policy, n_envs, kwargs.pop("env_kwargs", {}), normalize, kwargs)
+    n_timesteps, policy = kwargs.pop("n_timesteps"), kwargs.pop("policy")
+    n_envs, env_kwargs = kwargs.pop("n_envs", 1), kwargs.pop("env_kwargs", {})
+    for argument, value, fits, expected in (
+        (
+            "n_timesteps",
+            n_timesteps,
+            isinstance(n_timesteps, Real) and 1 <= float(n_timesteps) < math.inf,
+            "a number of at least 1",
+        ),
+        ("policy", policy, isinstance(policy, str), "text"),
+        ("n_envs", n_envs, isinstance(n_envs, Integral) and int(n_envs) >= 1, "an int of at least 1"),
+        ("env_kwargs", env_kwargs, isinstance(env_kwargs, dict), "a YAML mapping"),
+    ):
+        if not fits:
+            raise ValueError(f"Expected {expected} as `{argument}` of {env_id!r} in {path}, but got {value!r}.")
+    return Settings(int(n_timesteps), policy, n_envs, env_kwargs, normalize, kwargs)
 
 
 def as_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -125,9 +136,10 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                raise yaml.composer.ComposerError(None, None, f"{key.value!r} is there twice", key.start_mark)
-            seen.add((key.tag, str(key.value)))
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    raise yaml.composer.ComposerError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                seen.add((key.tag, key.value))
         return node
 
 
@@ -142,6 +154,6 @@ def normalize_kwargs(normalize: bool | dict[str, Any]) -> dict[str, Any] | None:
     if isinstance(normalize, bool):
         return {} if normalize else None
     known = sorted(set(inspect.signature(VecNormalize).parameters) - {"venv"})
-    if unknown := sorted(set(normalize) - set(known)):
+    if unknown := sorted(set(normalize) - set(known), key=str):
         raise ValueError(f"`normalize` has {unknown}, which VecNormalize does not know. It may have {known}.")
     return dict(normalize)
