@@ -35,8 +35,7 @@ def make_optimizer(dynamics: Dynamics) -> th.optim.Adam:
     :param dynamics: on its device
     """
     ensemble, config = dynamics.ensemble, dynamics.config
-    decays = zip(ensemble.weights, config.layer_decays, strict=True)
-    groups = [{"params": [weight], "weight_decay": decay} for weight, decay in decays]
+    groups = [{"params": [w], "weight_decay": decay} for w, decay in zip(ensemble.weights, config.layer_decays, strict=True)]
     others = [*ensemble.biases, *ensemble.noise_parameters(), *ensemble.activation.parameters()]
     groups.append({"params": others, "weight_decay": 0.0})
     return th.optim.Adam(groups, lr=float(config.learning_rate), fused=True)

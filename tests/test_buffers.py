@@ -273,6 +273,14 @@ def test_clipped_terminal_observations_are_left_out_and_the_marks_are_saved():
     assert type(buffer) is ReplayBuffer
 
 
+def test_where_observations_are_not_normalised_none_is_clipped():
+    env = VecNormalize(DummyVecEnv([LineEnv]), norm_obs=False, clip_obs=2.0)
+    env.reset()
+    buffer = ReplayBuffer(10, LineEnv().observation_space, ACTION)
+    mark_lost_terminals(buffer, np.array([True]), [{"terminal_observation": np.array([5.0])}], env)
+    assert not hasattr(buffer, "lost_terminals")
+
+
 @pytest.mark.parametrize("normalises", [False, True])
 def test_an_end_without_its_last_observation_is_left_out(normalises):
     """SB3 stores the first observation of the next episode in its place, which no dynamics leads to."""
@@ -343,6 +351,18 @@ class WeightedBuffer(ReplayBuffer):
         return WeightedSamples(np.ones(len(batch_inds)), *samples)
 
 
+def test_batches_share_no_row_that_was_drawn(generator):
+    """What is drawn for a block of batches is dealt out once."""
+    buffer = augmented(BOX, generator, 0.5)
+    real, imagined = [], []
+    sample_real, sample_imagined = buffer.real.sample, buffer.imagined.sample
+    buffer.real.sample = lambda *args, **kwargs: real.append(sample_real(*args, **kwargs)) or real[-1]
+    buffer.imagined.sample = lambda *args: imagined.append(sample_imagined(*args)) or imagined[-1]
+    batches = list(buffer.sample_batches(5, 20))
+    assert th.cat([batch.rewards[:10] for batch in batches]).tolist() == real[0].rewards.tolist()
+    assert th.cat([batch.rewards[10:, 0] for batch in batches]).tolist() == imagined[0].rewards.tolist()
+
+
 def test_what_a_buffer_samples_beside_the_transitions_is_left_out(generator):
     real = WeightedBuffer(40, BOX, ACTION)
     for batch in augmented(BOX, generator, 0.3, real=real).sample_batches(4, 20):
@@ -395,6 +415,8 @@ def test_both_parts_are_normalised_once_with_the_statistics_of_the_moment(genera
         raw = batch.observations * np.sqrt(var + env.epsilon) + mean
         rewards = batch.rewards * np.sqrt(25.0 + env.epsilon)
         th.testing.assert_close(rewards.abs(), raw, rtol=1e-3, atol=1e-3)
+        following = batch.next_observations * np.sqrt(var + env.epsilon) + mean
+        th.testing.assert_close(following, raw + 0.5, rtol=0, atol=2e-3)
         assert raw.min() >= -1e-3 and raw.max() >= 1000
 
 

@@ -271,7 +271,7 @@ def test_an_update_leaves_the_dynamics_alone_and_moves_all_else():
 
 
 @pytest.mark.parametrize("is_dict", [False, True])
-def test_the_policy_and_the_critics_see_what_vec_normalize_shows(is_dict):
+def test_observations_and_rewards_are_shown_as_vec_normalize_shows_them(is_dict):
     env = VecNormalize(make_vec_env(partial(LineEnv, dict_observation=is_dict), 1), clip_obs=1.5, clip_reward=0.7)
     model = make(env, policy="MultiInputPolicy" if is_dict else "MlpPolicy", rollout_length=2)
     raw = (4 * th.randn(50, model._layout.obs_dim)).requires_grad_()
@@ -288,7 +288,78 @@ def test_the_policy_and_the_critics_see_what_vec_normalize_shows(is_dict):
         )
     rewards = 3 * th.randn(4, 50)
     assert (normalize_rewards(rewards, env).numpy() == env.normalize_reward(rewards.numpy())).all()
-    double_horizon_update(model, starts_of(model), updates_actor=True)
+
+
+def return_by_hand(path, rewards, last_values, alpha, gamma):
+    """For each row, the entropies of all its actions included."""
+    steps = [*rewards, last_values]
+    return sum(gamma**t * path.alive[t] * (step - alpha * path.log_prob[t]) for t, step in enumerate(steps))
+
+
+def test_an_update_by_hand_under_vec_normalize(monkeypatch):
+    """What the networks see, the losses and the bounds of the values; every other path has left the data."""
+    env = VecNormalize(make_vec_env(LineEnv, 1), clip_obs=1.5, clip_reward=0.25)
+    networks = dict(policy_kwargs=dict(net_arch=[16, 16], n_critics=2), ent_coef="auto_0.3", learning_rate=1e-3)
+    model = make(env, gradient_horizon=2, **networks)
+    model.value_bounds.lowest.fill_(-70.0)
+    model.value_bounds.highest.fill_(90.0)
+    bounded, paths, seen, draw = [], [], [], model.actor.action_log_prob
+    monkeypatch.setattr(ValueBounds, "update", lambda self, values, gamma: bounded.append(values))
+
+    def imagine_and_break(*args):
+        path = imagine_path(*args)
+        paths.append(path._replace(valid=(th.arange(32) % 2).float()))
+        return paths[-1]
+
+    monkeypatch.setattr("sb3_mbpo.double_horizon.imagine_path", imagine_and_break)
+    model.actor.action_log_prob = lambda observations: seen.append(observations.detach()) or draw(observations)
+    for parameter in [*model.critic.parameters(), *model.critic_target.parameters()]:
+        parameter.data += 0.02 * th.randn(parameter.shape)
+    before, alpha = copy.deepcopy(model.critic), model.log_ent_coef.exp().item()
+    losses = double_horizon_update(model, starts_of(model), updates_actor=True)
+
+    def shown(observations):
+        return th.as_tensor(env.normalize_obs(observations.detach().numpy()))
+
+    def values(critic, t):
+        return 160 * th.cat(critic(shown(path.observations[t]), path.actions[t]), dim=1)
+
+    (path,) = paths
+    log_prob = path.log_prob.detach()
+    for got, raw in zip(seen, path.observations, strict=True):
+        th.testing.assert_close(got, shown(raw))
+    with th.no_grad():
+        rewards = th.as_tensor(env.normalize_reward(path.rewards.detach().numpy()))
+        assert (rewards.abs() == 0.25).any() and (rewards.abs() < 0.25).any()
+        last = values(model.critic_target, 2)
+        assert last.min() > -70 and last.max() < 90
+        target = return_by_hand(path, rewards, last.amin(dim=1), alpha, 0.995) + alpha * log_prob[0]
+        expected = 0.5 * ((values(before, 0) - target.unsqueeze(1))[1::2] ** 2).sum() / 16
+        assert losses["critic_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+        value = return_by_hand(path, rewards, values(model.critic, 2).mean(dim=1), alpha, 0.995)  # critics as they are now
+        assert losses["actor_loss"].item() == pytest.approx(-value[1::2].mean().item(), rel=1e-4)
+    surplus = (log_prob[0] + model.target_entropy).mean().item()
+    assert losses["ent_coef_loss"].item() == pytest.approx(-np.log(alpha) * surplus, rel=1e-4)
+    assert model.log_ent_coef.grad.item() == pytest.approx(-surplus, rel=1e-4)
+    soft = [rewards[t, row] - alpha * log_prob[t, row] for t in range(2) for row in range(1, 32, 2) if path.alive[t, row]]
+    th.testing.assert_close(bounded[0].sort().values, th.stack(soft).sort().values)
+
+
+def test_updates_start_from_imagined_states_and_move_the_targets_by_tau(monkeypatch):
+    model, starts = make(tau=0.3), []
+
+    def watched(model, states, updates_actor):
+        starts.append(states)
+        return double_horizon_update(model, states, updates_actor)
+
+    monkeypatch.setattr("sb3_mbpo.double_horizon.double_horizon_update", watched)
+    before = copy.deepcopy(model.critic_target)
+    model.train(1, 64)
+    known = model.imagined_buffer.newest(model.imagined_buffer.capacity).observations
+    assert starts[0].shape == (64, 1) and all((known == row).all(dim=1).any() for row in starts[0])
+    networks = (network.parameters() for network in (model.critic_target, before, model.critic))
+    for target, old, critic in zip(*networks, strict=True):
+        th.testing.assert_close(target, old + 0.3 * (critic - old))
 
 
 def test_a_reward_that_is_not_finite_does_not_reach_the_networks(monkeypatch):

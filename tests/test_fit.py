@@ -2,6 +2,7 @@ import copy
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch as th
 from conftest import linear_gaussian, make_dynamics
@@ -499,6 +500,20 @@ def test_weights_and_adam_state_carry_over(generator):
     assert max(warm.holdout_mse) < 0.5 * min(cold.holdout_mse)
 
 
+def test_a_fit_holds_back_as_many_rows_as_it_is_told_and_scales_by_the_others(generator, monkeypatch):
+    data, _ = linear_gaussian(200, generator)
+    splits = []
+    split = split_holdout
+    monkeypatch.setattr("sb3_mbpo.fit.split_holdout", lambda *args: splits.append(split(*args)) or splits[-1])
+    for settings, n_holdout in ((dict(holdout_ratio=0.25), 50), (dict(holdout_ratio=0.5, max_holdout=30), 30)):
+        dynamics = make_dynamics(generator, max_gradient_steps=2, **settings)
+        fit_ensemble(dynamics, make_optimizer(dynamics), data, generator, is_first=True)
+        train, holdout = splits[-1]
+        assert (train.n_rows, holdout.n_rows) == (200 - n_holdout, n_holdout)
+        np.testing.assert_allclose(dynamics.target_scaler.std[2], train.rewards.numpy().std(), rtol=1e-5)
+        np.testing.assert_allclose(dynamics.input_scaler.mean[:2], train.observations.numpy().mean(axis=0), atol=1e-6)
+
+
 def test_the_holdout_is_new_bounded_and_disjoint(generator):
     data = Transitions(th.zeros(100, 2), th.zeros(100, 1), th.zeros(100, 2), th.arange(100.0), th.zeros(100, dtype=th.bool))
     train, holdout = split_holdout(data, 0.2, 5000, generator)
@@ -577,6 +592,19 @@ def test_a_known_rule_that_contradicts_the_log_is_an_error_that_names_rows(gener
         check_termination(dynamics, data)
 
 
+def test_a_rule_may_be_wrong_about_one_termination_in_a_hundred(generator):
+    dynamics = make_dynamics(generator)
+    data = half_plane(2000, generator, threshold=0.0)
+    dynamics.termination_fn = takes_tensors(lambda obs, action, next_obs: next_obs[:, 0] > 0.0)
+    n_terminations = int(data.terminated.sum())
+    wrong = data.terminated.nonzero()[: n_terminations // 100 + 1, 0]
+    data.terminated[wrong[:-1]] = False
+    check_termination(dynamics, data)
+    data.terminated[wrong[-1]] = False
+    with pytest.raises(ValueError, match=f"in {len(wrong)} of 2000 transitions"):
+        check_termination(dynamics, data)
+
+
 def test_the_rule_is_held_against_the_log_at_the_first_fit_alone(generator):
     dynamics = make_dynamics(generator, max_gradient_steps=2)
     dynamics.termination_fn = takes_tensors(lambda obs, action, next_obs: next_obs[:, 0] > 1.5)
@@ -633,3 +661,8 @@ def test_near_data_is_ten_standard_deviations_beyond_the_extremes(generator):
     points = [(-1 - 0.99 * limit, 5), (-1 - 1.01 * limit, 5), (3 + 0.99 * limit, 5), (3 + 1.01 * limit, 5)]
     points += [(0, 14.9), (0, 15.1), (0, -4.9), (0, -5.1)]  # a constant dimension has a standard deviation of 1
     assert dynamics.near_data(th.tensor(points)).tolist() == [True, False] * 4
+    following = observations.clone()
+    following[:2, 0] = th.tensor([-21.0, 23.0])  # where two steps led belongs to the data, too
+    dynamics.fit_scalers(Transitions(observations, zeros, following, zeros[:, 0], zeros[:, 0].bool()))
+    points = [(-21 - 0.99 * limit, 5), (-21 - 1.01 * limit, 5), (23 + 0.99 * limit, 5), (23 + 1.01 * limit, 5)]
+    assert dynamics.near_data(th.tensor(points)).tolist() == [True, False] * 2

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from conftest import ACTIVE, LineEnv
+from conftest import ACTIVE, LineEnv, NoiseEnv
 from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
@@ -15,6 +17,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.checkpoint import load_checkpoint, save_checkpoint
 from sb3_mbpo.fit import fit_ensemble
+from sb3_mbpo.imagination import sample_actions
 
 
 def make(env=None, policy: str = "MlpPolicy", algorithm: type[MBPO] = MBPO, **kwargs) -> MBPO:
@@ -54,6 +57,17 @@ def test_fits_come_after_the_warm_up_and_at_every_multiple():
     assert watch.fits == [41, 60, 80, 100]
 
 
+def test_after_a_fit_that_diverged_the_next_one_is_a_first_one(monkeypatch):
+    """It makes as many steps, and holds a known rule against the data."""
+    model = make().learn(45)
+    are_first = []
+    monkeypatch.setattr("sb3_mbpo.mbpo.fit_dynamics", lambda *args: are_first.append(args[-1]) or result)
+    for diverged in (False, True, False):
+        result = replace(model.fit_result, diverged=diverged)
+        model.fit_dynamics()
+    assert are_first == [False, False, True]
+
+
 def test_a_multiple_that_several_environments_jump_over_counts():
     watch = Watch()
     make(make_vec_env(LineEnv, 3), train_freq=1).learn(110, callback=watch)
@@ -80,6 +94,27 @@ def test_a_round_of_imagination_is_stored_beside_the_real_transitions():
     real = {round(float(value), 4) for value in model.replay_buffer.observations[:61].flatten()}
     assert {round(value, 4) for value in rows.observations[:50, 0].tolist()} <= real  # they branch off real states
     assert rows.actions.abs().max() <= 1.0
+
+
+def test_the_elites_of_the_last_fit_imagine_and_no_other_member():
+    model = make().learn(45)
+    members, step = [], model.dynamics.step
+    model.dynamics.step = lambda *args: members.extend(args[2].tolist()) or step(*args)
+    model.imagine()
+    assert set(members) == set(np.argsort(model.fit_result.holdout_mse)[:2].tolist())
+
+
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_imagined_actions_have_the_distribution_of_the_policy(use_sde):
+    kwargs = dict(use_sde=True, policy_kwargs=dict(log_std_init=-1.0)) if use_sde else {}
+    actor, n_rows = make(NoiseEnv(action_dim=2), **kwargs).actor, 20_000
+    row = th.tensor([[0.5, -1.0, 0.2]])
+    th.manual_seed(0)
+    with th.no_grad():
+        mean, log_std, rest = actor.get_action_dist_params(row)
+        std = (rest["latent_sde"] ** 2 @ actor.action_dist.get_std(log_std) ** 2).sqrt() if use_sde else log_std.exp()
+    noise = (sample_actions(actor, row.expand(n_rows, -1)).double().atanh() - mean) / std
+    assert noise.mean(dim=0).abs().max() < 5 / n_rows**0.5 and (noise.var(dim=0) - 1).abs().max() < 5 * (2 / n_rows) ** 0.5
 
 
 def test_the_imagined_buffer_grows_with_the_rollouts_and_keeps_its_rows():
@@ -171,11 +206,17 @@ def test_gradient_steps_minus_one_follows_the_environments():
     assert model._n_updates == 10 * 3  # per call of `train`, not per transition
 
 
-def test_real_ratio_may_be_a_schedule():
+def test_real_ratio_may_be_a_schedule(monkeypatch):
     watch = Watch()
     model = make(real_ratio=lambda progress: 1.0 if progress > 0.5 else 0.0)
     model.learn(160, callback=watch)
     assert watch.fits[0] >= 80 and len(watch.fits) >= 3
+    model = make(real_ratio=lambda progress: progress).learn(60)
+    model._current_progress_remaining = 0.3
+    monkeypatch.setattr("sb3_mbpo.mbpo.sac_updates", lambda model, batches, delay: seen.extend(batches) or {})
+    real, seen = model.replay_buffer.rewards[:60], []
+    model.train(gradient_steps=2, batch_size=30)
+    assert [int(np.isin(batch.rewards[:, 0].numpy(), real).sum()) for batch in seen] == [9, 9]
 
 
 # ---------------------------------------------------------------- idle, or active
@@ -335,6 +376,17 @@ def test_save_and_load_keep_the_model_that_imagines(tmp_path):
     assert watch.fits == [121, 140] and len(loaded.imagined_buffer) > 0
     state = loaded.dynamics_optimizer.state_dict()["state"][0]["step"]
     assert state > model.dynamics_optimizer.state_dict()["state"][0]["step"]  # Adam goes on
+
+
+def test_save_and_load_keep_the_learned_termination(tmp_path):
+    model = make(NoiseEnv()).learn(45)
+    model.save(tmp_path / "model")
+    loaded = MBPO.load(tmp_path / "model", env=NoiseEnv())
+    saved, found = (m.termination_optimizer.state_dict()["state"] for m in (model, loaded))
+    assert saved[0]["step"] == 500 and saved.keys() == found.keys()
+    assert all(th.equal(saved[index]["exp_avg_sq"], found[index]["exp_avg_sq"]) for index in saved)
+    heads = [m.dynamics.termination_head.state_dict() for m in (model, loaded)]
+    assert heads[0]["log_prior_odds"].isfinite() and all(th.equal(heads[0][name], heads[1][name]) for name in heads[0])
 
 
 def test_dynamics_kwargs_changed_on_loading_count_from_the_next_fit_on(tmp_path):

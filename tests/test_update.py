@@ -205,7 +205,7 @@ def test_each_delayed_draw_has_noise_of_its_own(policy_delay, monkeypatch):
     sac_updates(ours, batches[:10], policy_delay)
     noise = th.cat(rows)
     assert len(noise) == 64 * (10 + -(-10 // policy_delay))
-    assert len(noise.unique()) == noise.numel()
+    assert len(noise.unique(dim=0)) == len(noise)  # single numbers may meet by chance
 
 
 @pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.AdamW])
