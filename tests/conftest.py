@@ -59,6 +59,29 @@ class LineEnv(gym.Env):
         return self._observation(), -abs(self.x[0]) - 10.0 * ended, ended, self.steps >= 20, {}
 
 
+class SpaceEnv(gym.Env):
+    """
+    A point in four dimensions, each of which another action moves: x' = x + 0.3 MOVES a, within [-3, 3], reward -|x'|, start
+    in [-2, 2], 20 steps. The best return is that of running to 0 in all dimensions.
+    """
+
+    MOVES = np.array([[0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, -1, 0, 0]])
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(-3.0, 3.0, (4,), np.float64)
+        self.action_space = spaces.Box(-1.0, 1.0, (4,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.steps = self.np_random.uniform(-2.0, 2.0, 4), 0
+        return self.x.copy(), {}
+
+    def step(self, action):
+        self.x = np.clip(self.x + 0.3 * self.MOVES @ np.asarray(action, np.float64), -3.0, 3.0)
+        self.steps += 1
+        return self.x.copy(), -np.linalg.norm(self.x), False, self.steps >= 20, {}
+
+
 class NoiseEnv(gym.Env):
     """Observations and rewards that nothing explains, of any shape. Every 10th step ends an episode."""
 
@@ -79,12 +102,9 @@ class NoiseEnv(gym.Env):
         return self._observation(), self.np_random.normal(), self.steps % 10 == 0, False, {}
 
 
-def best_line_return(x: float) -> float:
-    """The known answer of :class:`LineEnv`."""
-    distances = [abs(x)]
-    for _ in range(20):
-        distances.append(max(distances[-1] - 0.3, 0.0))
-    return -sum(distances[1:])
+def best_return(x: np.ndarray) -> float:
+    """The known answer of :class:`LineEnv` and of :class:`SpaceEnv`."""
+    return -sum(float(np.linalg.norm(np.maximum(np.abs(x) - 0.3 * step, 0.0))) for step in range(1, 21))
 
 
 def linear_gaussian(n_rows: int, generator: th.Generator) -> tuple[Transitions, th.Tensor]:

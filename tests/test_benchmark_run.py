@@ -143,14 +143,24 @@ def test_evaluations_count_the_steps_of_all_environments(tmp_path):
 
 
 def test_evaluations_cost_no_training_time(tmp_path, monkeypatch):
-    def slow(*args, **kwargs):
-        time.sleep(5.0)
+    """By a clock that an evaluation puts forward by an hour, and a step of training by a second."""
+    clock = [0.0]
+
+    def evaluate(*args, **kwargs):
+        clock[0] += 3600.0
         return [0.0], [1]
 
-    monkeypatch.setattr(callbacks, "evaluate_policy", slow)
+    class Ticks(training.StepsFile):
+        def _on_step(self) -> bool:
+            clock[0] += 1.0
+            return True
+
+    monkeypatch.setattr(callbacks, "evaluate_policy", evaluate)
+    monkeypatch.setattr(training, "StepsFile", Ticks)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     run = make_run("stable_baselines3.SAC", kwargs=TINY | {"learning_starts": 1000})
     train(run, tmp_path)
-    assert rows(run, tmp_path).seconds.iloc[-1] < 5.0
+    assert rows(run, tmp_path).seconds.tolist() == [99.0, 199.0, 299.0]  # each comes before the tick of its step
 
 
 class Stopped(Exception):

@@ -35,6 +35,14 @@ class WithinBounds(LineEnv):
         return super().step(action)
 
 
+class EndsEarly(LineEnv):
+    """Its task ends soon, by a rule that has to be learned."""
+
+    def step(self, action):
+        observation, reward, _, truncated, info = super().step(action)
+        return observation, reward, bool(abs(self.x[0]) > 1.5), truncated, info
+
+
 class DrawsInSteps(WithinBounds):
     def step(self, action):
         self.np_random.random()
@@ -100,6 +108,7 @@ def forget_the_streams():
 RUNS = {
     "plain": (line, {}),
     "one environment by itself": (LineEnv, {}),
+    "learned termination": (EndsEarly, {}),
     "seeded": (seeded, {}),
     "normalized": (lambda: VecNormalize(line()), {}),
     "reward not normalized": (lambda: VecNormalize(line(), norm_reward=False, clip_obs=2.0), {}),
@@ -150,6 +159,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(name, tmp_path):
     envs, kwargs, folder = [], RUNS[name][1], tmp_path / "run"
     never_stopped = make(make_env(), **kwargs).learn(130, saving(folder))
     saved = sorted(checkpoints(folder))
+    assert name != "learned termination" or never_stopped.fit_result.termination_recall > 0
     assert len(saved) >= 4 and (name == "idle" or len(never_stopped.imagined_buffer) > 0)
     if not kwargs.get("use_sde"):  # there, each checkpoint draws new noise
         assert all_equal(make(make_env(), **kwargs).learn(130), never_stopped)  # saving changes nothing

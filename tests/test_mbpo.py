@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import gymnasium as gym
 import numpy as np
@@ -18,6 +18,7 @@ from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.checkpoint import load_checkpoint, save_checkpoint
 from sb3_mbpo.fit import fit_ensemble
 from sb3_mbpo.imagination import sample_actions
+from sb3_mbpo.type_aliases import FitResult, ImaginationResult
 
 
 def make(env=None, policy: str = "MlpPolicy", algorithm: type[MBPO] = MBPO, **kwargs) -> MBPO:
@@ -476,6 +477,22 @@ def test_what_is_logged_is_complete_short_and_true():
     assert keys.values["imagined/rollout_length"] == 1 and keys.values["imagined/rows"] == 64
     assert keys.values["imagined/buffer_fill"] == len(model.imagined_buffer) / model.imagined_buffer.capacity
     assert keys.values["train/real_ratio"] == pytest.approx(0.1)
+
+
+def test_each_number_of_a_fit_and_of_a_round_is_logged_under_its_name(monkeypatch):
+    keys, model = Keys(), make()
+    model.learn(45, callback=keys)
+    numbers = {field.name: 10.0 + place for place, field in enumerate(fields(FitResult))}
+    fitted = FitResult(**numbers | dict(elites=(2, 0), holdout_mse=(1.0, 9.0, 4.0), diverged=True))
+    imagined = ImaginationResult(rows=40, terminated=10, not_finite=3, far_from_data=5)
+    monkeypatch.setattr(model, "fit_dynamics", lambda: fitted)
+    monkeypatch.setattr(model, "imagine", lambda: setattr(model, "imagination_result", imagined))
+    model.learn(20, callback=keys, reset_num_timesteps=False)
+    renamed = {"seconds": "fit_seconds"}
+    expected = {f"dynamics/{renamed.get(name, name)}": value for name, value in numbers.items() if name != "elites"}
+    expected |= {"dynamics/holdout_mse": 2.5, "dynamics/diverged": 1.0}
+    expected |= {"imagined/rows": 40, "imagined/ended": 0.25, "imagined/not_finite": 3, "imagined/far_from_data": 5}
+    assert expected.items() <= keys.values.items()
 
 
 def test_dhmbpo_logs_its_own_keys_too():
