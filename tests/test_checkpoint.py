@@ -163,7 +163,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(name, tmp_path):
     assert len(saved) >= 4 and (name == "idle" or len(never_stopped.imagined_buffer) > 0)
     if not kwargs.get("use_sde"):  # there, each checkpoint draws new noise
         assert all_equal(make(make_env(), **kwargs).learn(130), never_stopped)  # saving changes nothing
-    for path in (saved[0], saved[-2]):  # in the warm-up, and after some fits
+    for path in (saved[0], saved[-3]):  # in the warm-up, and between two fits
         forget_the_streams()
         copy = copy_of(folder, path)
         resumed = load_checkpoint(copy, make_env(), kwargs.get("algorithm", MBPO))
