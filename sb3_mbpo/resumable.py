@@ -113,8 +113,8 @@ class ResumableSAC(SAC):
             raise ValueError(
                 f"The file does not hold what {cls.__name__} needs. {misfit} Load it with the algorithm that saved it, such "
                 f"as `SAC.load`; to go on from SAC's policy, make a new {cls.__name__} with the same networks and call "
-                "`model.set_parameters(sac.get_parameters(), exact_match=False)`. Arguments that change the networks or "
-                "their optimizers cannot be changed on loading."
+                "`model.set_parameters(sac.get_parameters(), exact_match=False)`. Arguments that change which networks "
+                "and parameters there are cannot be changed on loading."
             ) from error
         if kwargs.get("seed") is not None:
             model._generator.manual_seed(kwargs["seed"])
