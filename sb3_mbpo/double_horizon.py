@@ -29,7 +29,7 @@ from torch import nn
 from sb3_mbpo.dynamics import Dynamics
 from sb3_mbpo.observations import normalize_rewards
 from sb3_mbpo.products import faster_layers
-from sb3_mbpo.update import checked_means, prepare_optimizers, unchecked_distributions, update_ent_coef
+from sb3_mbpo.update import backward_to_actor, checked_means, prepare_optimizers, unchecked_distributions, update_ent_coef
 
 if TYPE_CHECKING:
     from sb3_mbpo.dhmbpo import DHMBPO
@@ -262,10 +262,7 @@ def double_horizon_update(model: "DHMBPO", starts: th.Tensor, updates_actor: boo
 
     last_values = model.q_values(model.critic, path.observations[-1], path.actions[-1]).mean(dim=0)
     actor_loss = -(weights * soft_return(path, rewards, last_values, ent_coef, model.gamma)).sum()
-    model.actor.optimizer.zero_grad()
-    trained = [parameter for parameter in model.actor.parameters() if parameter.requires_grad]
-    if trained:
-        actor_loss.backward(inputs=trained)
+    backward_to_actor(model, actor_loss)
     model.actor.optimizer.step()
     losses["actor_loss"] = actor_loss.detach()
     if model.log_ent_coef is not None:

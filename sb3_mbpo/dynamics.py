@@ -84,6 +84,7 @@ class DynamicsConfig:
             raise ValueError(f"`dynamics_kwargs` got {unknown}, which it does not know. It may hold: {', '.join(known)}.")
         config = cls(**(dynamics_kwargs or {}))
         config._check_types()
+        config = replace(config, learning_rate=float(config.learning_rate))  # PyTorch saves NumPy's numbers, but loads none
         if "weight_decay" not in (dynamics_kwargs or {}):
             depths = np.linspace(0, len(config.layer_decays) - 1, len(config.net_arch) + 1)
             decays = np.interp(depths, range(len(config.layer_decays)), config.layer_decays)
@@ -103,9 +104,7 @@ class DynamicsConfig:
             for name in names
         ]
         net_arch, decays, norm, activation = self.net_arch, self.weight_decay, self.max_grad_norm, self.activation_fn
-        are_widths = isinstance(net_arch, Sequence) and all(
-            isinstance(width, Integral) and int(width) >= 1 for width in net_arch
-        )
+        are_widths = isinstance(net_arch, Sequence) and _are_positive(net_arch)
         are_decays = all(isinstance(decay, Real) for decay in (decays if isinstance(decays, Sequence) else [decays]))
         is_class = callable(activation) and not isinstance(activation, nn.Module)
         rules += [
@@ -155,7 +154,11 @@ class DynamicsConfig:
 
 def _are_steps(steps: Any) -> bool:
     numbers = steps if isinstance(steps, Sequence) and len(steps) == 2 else [steps]
-    return steps is None or all(isinstance(number, Integral) and int(number) >= 1 for number in numbers)
+    return steps is None or _are_positive(numbers)
+
+
+def _are_positive(numbers: Sequence[Any]) -> bool:
+    return all(isinstance(number, Integral) and int(number) >= 1 for number in numbers)
 
 
 class GaussianPrediction(NamedTuple):

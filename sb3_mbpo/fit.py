@@ -38,7 +38,7 @@ def make_optimizer(dynamics: Dynamics) -> th.optim.Adam:
     groups = [{"params": [w], "weight_decay": decay} for w, decay in zip(ensemble.weights, config.layer_decays, strict=True)]
     others = [*ensemble.biases, *ensemble.noise_parameters(), *ensemble.activation.parameters()]
     groups.append({"params": others, "weight_decay": 0.0})
-    return th.optim.Adam(groups, lr=float(config.learning_rate), fused=True)
+    return th.optim.Adam(groups, lr=config.learning_rate, fused=True)
 
 
 def split_holdout(
@@ -290,7 +290,7 @@ def _batches(n_rows: int, batch_size: int, generator: th.Generator) -> Iterator[
 
 def _set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = float(learning_rate)  # no NumPy number, which PyTorch would not load
+        group["lr"] = learning_rate
 
 
 @th.no_grad()

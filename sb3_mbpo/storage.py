@@ -32,8 +32,7 @@ class UnreadableFileError(DamagedFileError):
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes beside ``path``, syncs, renames. :param content: what JSON can hold"""
     body = json.dumps(content, sort_keys=True)
-    replace_file(path, json.dumps({"sha256": _digest(body.encode()), "content": content}, sort_keys=True).encode())
-    sync_folder(path.parent)
+    write_whole(path, json.dumps({"sha256": _digest(body.encode()), "content": content}, sort_keys=True).encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,9 +69,9 @@ class BlobStore:
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._new.append(path)
-            replace_file(path, data)
+            _replace(path, data)
         elif path.read_bytes() != data:  # damaged
-            replace_file(path, data)
+            _replace(path, data)
         return path.name
 
     def put_array(self, array: np.ndarray) -> dict[str, Any]:
@@ -146,7 +145,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def replace_file(path: Path, data: memoryview | bytes) -> None:
+def _replace(path: Path, data: memoryview | bytes) -> None:
     """Writes beside ``path``, syncs, renames. :param data: what the file is to hold"""
     partial = _partial(path)
     with partial.open("wb") as file:
@@ -154,6 +153,12 @@ def replace_file(path: Path, data: memoryview | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Nobody ever reads half of it, not after a power cut either. :param data: what the file is to hold"""
+    _replace(path, data)
+    sync_folder(path.parent)
 
 
 def sync_file(path: Path) -> None:

@@ -140,6 +140,14 @@ def update_ent_coef(model: SAC, log_prob: th.Tensor) -> th.Tensor:
     return loss
 
 
+def backward_to_actor(model: SAC, loss: th.Tensor) -> None:
+    """New gradients for the actor, if it is trained at all, and none for the critics, where nobody wants them here."""
+    model.actor.optimizer.zero_grad()
+    trained = [parameter for parameter in model.actor.parameters() if parameter.requires_grad]
+    if trained:
+        loss.backward(inputs=trained)
+
+
 class ActorDraw(NamedTuple):
     """Actions that the actor drew, (batch, action_dim), and their log-probability, (batch, 1)."""
 
@@ -190,8 +198,5 @@ class Autograd:
         """
         values = th.cat(self._model.critic(observations, draw.actions), dim=1).min(dim=1, keepdim=True).values
         loss = (ent_coef * draw.log_prob - values).mean()
-        self._model.actor.optimizer.zero_grad()
-        trained = [parameter for parameter in self._model.actor.parameters() if parameter.requires_grad]
-        if trained:
-            loss.backward(inputs=trained)  # spares the critics' gradients, which nobody wants here
+        backward_to_actor(self._model, loss)
         return loss.detach()

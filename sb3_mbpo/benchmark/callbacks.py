@@ -13,7 +13,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
 
 from sb3_mbpo.benchmark.results import COLUMNS
-from sb3_mbpo.storage import replace_file, sync_file, sync_folder
+from sb3_mbpo.storage import sync_file, sync_folder, write_whole
 
 
 class Evaluation(BaseCallback):
@@ -54,7 +54,7 @@ class Evaluation(BaseCallback):
         averages = [np.mean(returns), np.std(returns), np.mean(lengths)]
         row = [self.num_timesteps, *averages, self.model._n_updates, before - self.start]
         self.rows.append(dict(zip(COLUMNS, row, strict=True)))
-        write_whole(self.path, pd.DataFrame(self.rows).to_csv(index=False))
+        write_whole(self.path, pd.DataFrame(self.rows).to_csv(index=False).encode())
         self.start += time.perf_counter() - before
 
 
@@ -71,14 +71,17 @@ class StepsFile(BaseCallback):
 
     def _on_step(self) -> bool:
         if time.monotonic() >= self.due:
-            partial = self.path.with_name(f"{self.path.name}.partial")
-            partial.write_text(str(self.num_timesteps))
-            partial.replace(self.path)
+            self._write()
             self.due = time.monotonic() + 2.0
         return True
 
     def _on_training_end(self) -> None:
-        write_whole(self.path, str(self.num_timesteps))
+        self._write()
+
+    def _write(self) -> None:
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        partial.write_text(str(self.num_timesteps))
+        partial.replace(self.path)  # without waiting for the disk, which would count as training
 
 
 class PlainCheckpoints(BaseCallback):
@@ -133,9 +136,3 @@ def plain_checkpoints(folder: Path) -> list[Path]:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """:return: the rows that :class:`Evaluation` wrote, if it has"""
     return pd.read_csv(path).to_dict("records") if path.exists() else []
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Nobody ever reads half of it, not after a power cut either."""
-    replace_file(path, text.encode())
-    sync_folder(path.parent)

@@ -103,8 +103,7 @@ def draw_curves(path: Path, environment: str, curves: Mapping[str, Curve], style
 
 def _draw_curve(axes: Axes, x: np.ndarray, curve: Curve, style: Style, label: str | None = None) -> None:
     estimate = curve.estimate
-    many = np.isfinite(estimate.value).sum() > 10
-    every = 0.08 if many else 1  # all points, or as far apart as the eye wants them
+    every = 0.08 if np.isfinite(estimate.value).sum() > 10 else 1  # all points, or as far apart as the eye wants them
     axes.plot(x, estimate.value, color=style.color, marker=style.marker, markevery=every, label=label)
     axes.fill_between(x, estimate.low, estimate.high, color=style.color, alpha=0.15, linewidth=0)
 

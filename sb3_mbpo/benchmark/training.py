@@ -24,12 +24,12 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.benchmark.callbacks import Evaluation, PlainCheckpoints, StepsFile, plain_checkpoints, write_whole
+from sb3_mbpo.benchmark.callbacks import Evaluation, PlainCheckpoints, StepsFile, plain_checkpoints
 from sb3_mbpo.benchmark.provenance import commit, processor, versions
 from sb3_mbpo.benchmark.suite import Run, algorithm_class
 from sb3_mbpo.checkpoint import CheckpointCallback, checkpoints, load_checkpoint
 from sb3_mbpo.hyperparams import as_arguments
-from sb3_mbpo.storage import sync_file, sync_folder
+from sb3_mbpo.storage import sync_file, sync_folder, write_whole
 
 #: Whatever a run normalises, its evaluation neither learns from what it sees nor touches the returns.
 EVALUATED = {"training": False, "norm_reward": False}
@@ -67,10 +67,12 @@ def update_scores(run: Run, results: Path) -> None:
     """Those of the suite, which only the report reads, replace others in ``run.json``, if there is one of this run."""
     folder = results / run.folder
     path = folder / "run.json"
-    if not path.exists() or _differences(run, folder) or _read(path).get("scores") == run.scores:
+    if not path.exists() or _differences(run, folder):
         return
     with contextlib.suppress(Timeout), FileLock(folder / "lock", timeout=0):  # never while it is under way elsewhere
-        write_whole(path, json.dumps(_read(path) | {"scores": run.scores}, indent=2))
+        info = _read(path)
+        if info.get("scores") != run.scores:
+            write_whole(path, json.dumps(info | {"scores": run.scores}, indent=2).encode())
 
 
 def steps_so_far(run: Run, results: Path) -> int:
@@ -118,7 +120,7 @@ def _describe(run: Run, folder: Path, from_step: int) -> None:
         before = [info, *continued][-1]
         if any(before.get(name) != now[name] for name in ("versions", "commit", "machine")):
             info["continued"] = [*continued, {"from_step": from_step} | now]
-    write_whole(path, json.dumps(info, indent=2))
+    write_whole(path, json.dumps(info, indent=2).encode())
 
 
 def _differences(run: Run, folder: Path) -> dict[str, tuple[Any, Any]]:
