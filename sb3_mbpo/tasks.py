@@ -16,8 +16,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mbpo.type_aliases import RewardFn, TerminationFn
 
-#: Wrappers that change neither observations, nor actions, nor rewards, nor terminations.
-_TRANSPARENT_WRAPPERS = "TimeLimit", "OrderEnforcing", "PassiveEnvChecker", "Monitor", "RecordEpisodeStatistics", "RecordVideo"
+#: Wrappers that change neither observations, nor actions, nor rewards, nor terminations; the patched one is the RL Zoo's.
+_TRANSPARENT_WRAPPERS = "(Patched)?TimeLimit|OrderEnforcing|PassiveEnvChecker|Monitor|RecordEpisodeStatistics|RecordVideo"
 
 
 def takes_tensors(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,8 +112,8 @@ def _name_and_version(description: str) -> tuple[str, int] | None:
     :param description: what Gymnasium calls an environment and its wrappers, ``<TimeLimit<PendulumEnv<Pendulum-v1>>>``
     :return: ``("Pendulum", 1)``; ``None`` without an id, or with a wrapper that may change something
     """
-    match = re.fullmatch(rf"<(?:(?:{'|'.join(_TRANSPARENT_WRAPPERS)})<)*\w+<(\w+)-v(\d+)>+", description)
-    return (match[1], int(match[2])) if match else None
+    match = re.fullmatch(rf"<(?:(?:{_TRANSPARENT_WRAPPERS})<)*\w+<(?P<name>\w+)-v(?P<version>\d+)>+", description)
+    return (match["name"], int(match["version"])) if match else None
 
 
 def known_termination_fn(env: VecEnv | None) -> TerminationFn | None:
@@ -125,8 +125,7 @@ def known_termination_fn(env: VecEnv | None) -> TerminationFn | None:
     :return: a function of torch tensors; ``None`` when the environment is unknown, wrapped in something that may
         change its observations, or differs from env to env
     """
-    rule: TerminationFn | None = _rule(env, _TERMINATION_RULES)
-    return rule
+    return _rule(env, _TERMINATION_RULES)
 
 
 def known_reward_fn(env: VecEnv | None) -> RewardFn | None:
@@ -138,11 +137,10 @@ def known_reward_fn(env: VecEnv | None) -> RewardFn | None:
     :param env: a (wrapped) VecEnv
     :return: a function of torch tensors, for ``reward_fn``; ``None`` when it is not known
     """
-    rule: RewardFn | None = _rule(env, _REWARD_RULES)
-    return rule
+    return _rule(env, _REWARD_RULES)
 
 
-def _rule(env: VecEnv | None, rules: dict[str, tuple[set[int], Callable[[_Task], Any]]]) -> Any:
+def _rule(env: VecEnv | None, rules: dict[str, tuple[set[int], Callable[[_Task], Any]]]) -> Callable[..., Any] | None:
     task = _identify(env)
     if task is None or task.name not in rules:
         return None
@@ -263,7 +261,7 @@ def _pendulum_reward(task: _Task) -> RewardFn:
     def reward(obs: th.Tensor, action: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
         angle, torque = th.atan2(obs[:, 1], obs[:, 0]), action[:, 0].clamp(-max_torque, max_torque)
         cost: th.Tensor = angle.square() + 0.1 * obs[:, 2].square() + 0.001 * torque.square()
-        return th.neg(cost)
+        return -cost
 
     return reward
 
@@ -302,7 +300,7 @@ def _reacher_reward(task: _Task) -> RewardFn:
     def reward(obs: th.Tensor, action: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
         state = obs if task.version == 4 else next_obs  # v4 measures the distance before it moves
         cost: th.Tensor = distance_weight * state[:, 8:].norm(dim=-1) + control_weight * action.square().sum(dim=-1)
-        return th.neg(cost)
+        return -cost
 
     return reward
 
@@ -319,7 +317,7 @@ def _pusher_reward(task: _Task) -> RewardFn:
         arm, thing, goal = state[:, 14:17], state[:, 17:20], state[:, 20:23]
         cost: th.Tensor = near * (thing - arm).norm(dim=-1) + distance * (thing - goal).norm(dim=-1)
         cost = cost + control * action.square().sum(dim=-1)
-        return th.neg(cost)
+        return -cost
 
     return reward
 

@@ -12,12 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_mbpo.checkpoint import load_checkpoint
 
 # only looked for: importing the Zoo changes Gymnasium's wrappers
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("rl_zoo3") is None, reason="needs the extra `zoo`")
 
 ROOT = Path(__file__).parent.parent
-README = re.findall(r"^python -m sb3_mbpo\.zoo (.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+#: What a shell makes of the README: it joins lines and takes quotes away.
+TEXT = re.sub(r"\\\n|\"", "", (ROOT / "README.md").read_text())
+README = re.findall(r"^python -m sb3_mbpo\.zoo (.*)$", TEXT, flags=re.MULTILINE)
 SMALL = "rollout_batch_size:200 rollout_length:1 dynamics_kwargs:dict(net_arch=[16],max_gradient_steps=20)"
 TINY = f"learning_starts:100 gradient_steps:1 {SMALL} normalize:{{'norm_obs':True,'norm_reward':False}}"
 #: Runs all commands in one process, because starting takes longer than they do; one that fails does not stop the others.
@@ -111,34 +117,37 @@ def tiny(command: str) -> str:
     """The README's command at another size: the Zoo takes the last value of an option that comes twice."""
     if not command.startswith("train"):
         return command
+    command, _, own = command.partition("-params ")
     if "--optimize" in command:
         size, parameters = "-n 130 --n-trials 2 --n-startup-trials 1 --no-optim-plots", TINY.replace("gradient_steps:1", "")
     else:
         size, parameters = "-n 300 --eval-freq 150", TINY
-    return f"{command.replace('--trial-id 7', '--trial-id 1')} {size} --eval-episodes 2 -params {parameters}"
+    return f"{command.replace('--trial-id 7', '--trial-id 0')} {size} --eval-episodes 2 -params {parameters} {own}"
 
 
 def test_the_commands_of_the_readme_run(tmp_path):
     """All with normalised observations."""
     said = zoo(tmp_path, *(tiny(command) for command in README))
-    assert len(said) == len(README) == 10 and "ValueError" not in "".join(said)
-    train, enjoy, _, go_on, _, table, curves, paper, optimize, trial = said
+    assert len(said) == len(README) == 11 and "ValueError" not in "".join(said)
+    train, enjoy, _, go_on, _, _, table, curves, paper, optimize, _ = said
     logs = tmp_path / "logs" / "mbpo"
     assert "hyperparams/mbpo.yml" in train and "dynamics/" in train and "300/300" in train
+    assert "termination_precision" not in train  # nothing was learned that is known, in the Zoo's TimeLimit, too
     for file in ("Pendulum-v1.zip", "best_model.zip", "replay_buffer.pkl", "Pendulum-v1/vecnormalize.pkl"):
         assert (logs / "Pendulum-v1_1" / file).exists(), file
     assert "Loading running average" in enjoy and "Mean reward" in enjoy
     assert "Loading replay buffer" in go_on and "Loading saved VecNormalize stats" in go_on
     for run in (logs / "Pendulum-v1_1", logs / "Pendulum-v1_2", tmp_path / "more/mbpo/Pendulum-v1_1", logs / "Ant-v5_1"):
         assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [150, 300]
+    saved = load_checkpoint(tmp_path / "run", VecNormalize(make_vec_env("Pendulum-v1"), norm_reward=False))
+    assert saved.num_timesteps == 300 and saved.replay_buffer.size() == 300
     assert re.search(r"\|Pendulum-v1 *\|-\d+ \+/- \d+\|", table) and "Computing bootstrap CI" in curves
     assert "hyperparams/mbpo_paper.yml" in paper and "('real_ratio', 0.05)" in paper
     sampled = "learning_rate gradient_steps target_entropy dynamics_train_freq rollout_length rollout_retain_steps real_ratio"
     assert re.findall(r"^    (\w+): ", optimize, flags=re.MULTILINE) == sampled.split()
-    assert "Loading from Optuna study" in trial
     with next(logs.glob("report_*.csv")).open() as report:
-        tried = {row["number"]: row for row in csv.DictReader(report)}["1"]
-    used = read(logs / "Pendulum-v1_4/Pendulum-v1/config.yml")
+        tried = {row["number"]: row for row in csv.DictReader(report)}["0"]
+    used = read(logs / "Pendulum-v1_5/Pendulum-v1/config.yml")
     for name in ("learning_rate", "target_entropy", "rollout_retain_steps"):
         assert used[name] == pytest.approx(float(tried[f"params_{name}"]))
 
@@ -184,6 +193,17 @@ def test_what_cannot_work_is_refused_before_a_run_begins(tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
+def test_going_on_with_other_normalisation_is_refused(tmp_path):
+    """The settings are read anew, so the policy would see other observations than before."""
+    train, raw = f"train --algo mbpo --env Short-v0 -n 20 -params {TINY}", "normalize:False"
+    first, second = ("-f more -i logs/mbpo/Short-v0_1/Short-v0.zip", "-f more -i logs/mbpo/Short-v0_2/Short-v0.zip")
+    said = zoo(tmp_path, train, f"{train} {raw}", f"{train} {raw} {first}", f"{train} {second}", f"{train} {first}")
+    assert "ValueError: logs/mbpo/Short-v0_1/Short-v0.zip saw observations normalised with" in said[2]
+    assert "mbpo.yml normalise, but logs/mbpo/Short-v0_2/Short-v0/vecnormalize.pkl is not there" in said[3]
+    assert "ValueError" not in said[0] + said[1] + said[4] and "Loading saved VecNormalize stats" in said[4]
+    assert len(list((tmp_path / "more/mbpo").iterdir())) == 1
+
+
 def test_without_the_extra_the_command_names_it(tmp_path):
     code = "import sys; sys.modules['optuna'] = None; import sb3_mbpo.zoo"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -194,13 +214,20 @@ def test_without_the_extra_the_command_names_it(tmp_path):
 def test_other_algorithms_and_own_settings_are_left_alone(tmp_path):
     (tmp_path / "own.yml").write_text("default: {n_timesteps: 20, policy: MlpPolicy, tau: 0.125}")
     (tmp_path / "own.py").write_text("hyperparams = dict(default=dict(n_timesteps=20, policy='MlpPolicy', tau=0.375))")
-    by_path, by_module, sac = zoo(
+    (tmp_path / "module.py").write_text(
+        "def never(obs, action, next_obs):\n    return obs[:, 0] > 2\n"
+        "hyperparams = dict(default=dict(n_timesteps=20, policy='MlpPolicy', tau=0.625, termination_fn=never))"
+    )
+    by_path, by_file, by_module, enjoy, sac = zoo(
         tmp_path,
         "train --algo mbpo --env Short-v0 --conf-file own.yml",
         "train --algo mbpo --env Short-v0 --conf-file own.py",
+        "train --algo mbpo --env Short-v0 --conf-file module",
+        "enjoy --algo mbpo --env Short-v0 -f logs --no-render -n 5",
         "train --algo sac --env Short-v0 -n 20",
     )
-    assert "('tau', 0.125)" in by_path and "('tau', 0.375)" in by_module
+    assert "('tau', 0.125)" in by_path and "('tau', 0.375)" in by_file and "('tau', 0.625)" in by_module
+    assert "Loading logs/mbpo/Short-v0_3/Short-v0.zip" in enjoy and "ValueError" not in enjoy
     assert "sac.yml" in sac and (tmp_path / "logs/sac/Short-v0_1/Short-v0.zip").exists()
 
 
