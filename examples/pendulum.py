@@ -9,11 +9,8 @@ Prints the return before and after and saves a picture of the learning curve.
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -48,7 +45,8 @@ def main() -> None:
     print(f"Mean return of 20 episodes: {before:.0f} before, {after:.0f} ± {spread:.0f} after {args.steps} steps.")
 
     returns = np.array(evaluation.evaluations_results)  # (evaluations, episodes)
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(evaluation.evaluations_timesteps, returns.mean(axis=1), color="#0072B2", label="mean of 10 episodes")
     low, high = returns.min(axis=1), returns.max(axis=1)
     axes.fill_between(evaluation.evaluations_timesteps, low, high, color="#0072B2", alpha=0.2, linewidth=0, label="range")

@@ -2,7 +2,7 @@
 
 from sb3_mbpo.dhmbpo import DHMBPO
 from sb3_mbpo.mbpo import MBPO
-from sb3_mbpo.tasks import takes_tensors
+from sb3_mbpo.rules import takes_tensors
 
 __version__ = "0.1.0"
 

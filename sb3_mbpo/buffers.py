@@ -128,7 +128,8 @@ def check_finite(
     if env is not None:
         observations, rewards = env.get_original_obs(), env.get_original_reward()
     sources: list[tuple[str, Any]] = [("observation", last_observations), ("observation", observations), ("reward", rewards)]
-    sources += [("terminal observation", info["terminal_observation"]) for info in infos if "terminal_observation" in info]
+    ends = [info.get("terminal_observation") for info in infos]
+    sources += [("terminal observation", end) for end in ends if end is not None]
     for name, source in sources:
         for values in source.values() if isinstance(source, dict) else [source]:
             if not np.isfinite(values).all():

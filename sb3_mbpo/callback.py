@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_mbpo.type_aliases import FitResult
+
 if TYPE_CHECKING:
     from sb3_mbpo.mbpo import MBPO
 
@@ -21,13 +23,13 @@ class DynamicsCallback(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        if not self.model.dynamics_due():
-            return
-        self._log_fit()
-        self._log_imagination()
+        if self.model.dynamics_due():
+            self._log_fit(self.model.fit_dynamics())
+            start = time.perf_counter()
+            self.model.imagine()
+            self._log_imagination(time.perf_counter() - start)
 
-    def _log_fit(self) -> None:
-        result = self.model.fit_dynamics()
+    def _log_fit(self, result: FitResult) -> None:
         elite_mse = sum(result.holdout_mse[member] for member in result.elites) / len(result.elites)
         values = {
             "holdout_mse": elite_mse,
@@ -47,10 +49,7 @@ class DynamicsCallback(BaseCallback):
             if value is not None:
                 self.logger.record(f"dynamics/{key}", value)
 
-    def _log_imagination(self) -> None:
-        start = time.perf_counter()
-        self.model.imagine()
-        seconds = time.perf_counter() - start
+    def _log_imagination(self, seconds: float) -> None:
         result, buffer = self.model.imagination_result, self.model.imagined_buffer
         assert result is not None and buffer is not None  # `dynamics_due` said so
         self.logger.record("imagined/rollout_length", self.model.current_rollout_length())

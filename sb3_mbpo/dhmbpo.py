@@ -152,7 +152,6 @@ class DHMBPO(MBPO):
         result = super().fit_dynamics()
         assert self.imagined_buffer is not None
         self.imagined_buffer.clear()
-        self.imagination_result = None  # until there are new states, the fit is not complete
         self._critic_updates_due = round(CRITIC_SHARE * self.dynamics_train_freq)
         return result
 

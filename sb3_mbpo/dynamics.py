@@ -11,8 +11,9 @@ from gymnasium import spaces
 from torch import nn
 
 from sb3_mbpo.ensemble import GaussianEnsemble, TerminationHead
+from sb3_mbpo.rules import evaluate_reward, evaluate_termination
 from sb3_mbpo.scaler import Standardizer
-from sb3_mbpo.tasks import evaluate_reward, evaluate_termination
+from sb3_mbpo.schedules import is_positive_int
 from sb3_mbpo.type_aliases import RewardFn, Step, TerminationFn, Transitions
 
 #: An imagined observation this many standard deviations beyond the real ones is an error of the model, not a discovery.
@@ -99,19 +100,18 @@ class DynamicsConfig:
             "True or False": (bool, ["normalize_targets", "constant_noise"]),
         }
         rules = [
-            (name, isinstance(getattr(self, name), kind), expected)
+            (name, isinstance(value := getattr(self, name), kind) and isinstance(value, bool) == (kind is bool), expected)
             for expected, (kind, names) in kinds.items()
             for name in names
         ]
         net_arch, decays, norm, activation = self.net_arch, self.weight_decay, self.max_grad_norm, self.activation_fn
-        are_widths = isinstance(net_arch, Sequence) and _are_positive(net_arch)
+        are_widths = isinstance(net_arch, Sequence) and all(map(is_positive_int, net_arch))
         are_decays = all(isinstance(decay, Real) for decay in (decays if isinstance(decays, Sequence) else [decays]))
-        is_class = callable(activation) and not isinstance(activation, nn.Module)
         rules += [
             ("net_arch", are_widths, "a list of layer widths such as [200, 200]"),
             ("weight_decay", are_decays, "a float, or a list of one per layer"),
             ("max_grad_norm", norm is None or isinstance(norm, Real), "None, or a number"),
-            ("activation_fn", is_class, "a class, such as torch.nn.SiLU"),
+            ("activation_fn", _makes_modules(activation), "a class that needs no arguments, such as torch.nn.SiLU"),
         ]
         self._check(rules)
 
@@ -154,11 +154,14 @@ class DynamicsConfig:
 
 def _are_steps(steps: Any) -> bool:
     numbers = steps if isinstance(steps, Sequence) and len(steps) == 2 else [steps]
-    return steps is None or _are_positive(numbers)
+    return steps is None or all(map(is_positive_int, numbers))
 
 
-def _are_positive(numbers: Sequence[Any]) -> bool:
-    return all(isinstance(number, Integral) and int(number) >= 1 for number in numbers)
+def _makes_modules(activation_fn: Any) -> bool:
+    try:
+        return isinstance(activation_fn(), nn.Module)
+    except TypeError:  # it cannot be called, or not without arguments
+        return False
 
 
 class GaussianPrediction(NamedTuple):

@@ -2,18 +2,13 @@
 
 import itertools
 import math
-from typing import Any
 
 import torch as th
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from sb3_mbpo.activations import LayerNormSiLU
-from sb3_mbpo.products import linear
+from sb3_mbpo.products import differentiable_linear
 
-#: Activations without parameters and without chance.
-PURE_ACTIVATIONS = (nn.SiLU, nn.ReLU, nn.Tanh, nn.ELU, nn.GELU, nn.Softplus, nn.LeakyReLU, nn.Mish, LayerNormSiLU)
 #: Numbers of rows that vary are filled up to a multiple of this: oneDNN makes, and keeps, one kernel for each shape.
 ROWS_PER_BLOCK = 128
 
@@ -87,28 +82,33 @@ class GaussianEnsemble(nn.Module):
         if th.is_grad_enabled() and len(set(sizes)) == 1:  # all members at once, for which autograd has less to record
             outputs = self._outputs(inputs[order].unflatten(0, (self.ensemble_size, -1))).flatten(0, 1)
         else:
-            groups = enumerate(inputs[order].split(sizes))
-            outputs = th.cat([self._forward_member(group, member) for member, group in groups])
+            groups = zip(inputs[order].split(sizes), self._members(), strict=True)
+            outputs = th.cat([self._forward_member(*group) for group in groups])
         log_var = None if self.constant_log_var is None else self.constant_log_var[members, 0]
         return self._gaussian(outputs[th.argsort(order)], log_var)
 
     def _outputs(self, hidden: th.Tensor) -> th.Tensor:
-        """:param hidden: (ensemble, batch, input_dim). :return: (ensemble, batch, fan_out of the last layer)"""
-        on_cpu = hidden.device.type == "cpu"
-        if on_cpu and not th.is_grad_enabled():
-            return th.stack([self._forward_member(rows, member) for member, rows in enumerate(hidden)])
-        is_pure = type(self.activation) in PURE_ACTIVATIONS and not getattr(self.activation, "inplace", False)
-        if on_cpu and is_pure and self.weights[0].requires_grad:
-            return _MemberByMember.apply(self.activation, hidden, *self.weights, *self.biases)  # type: ignore[no-any-return, no-untyped-call]
+        """
+        :param hidden: (ensemble, batch, input_dim)
+        :return: (ensemble, batch, fan_out of the last layer)
+        """
+        one_by_one = self.weights[0].requires_grad or not th.is_grad_enabled()
+        if hidden.device.type == "cpu" and one_by_one:  # the values of one member stay in the cache
+            return th.stack([self._forward_member(*pair) for pair in zip(hidden, self._members(), strict=True)])
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             hidden = th.baddbmm(bias, self.activation(hidden) if layer else hidden, weight)
         return hidden
 
-    def _forward_member(self, hidden: th.Tensor, member: int) -> th.Tensor:
-        n_rows = len(hidden)
-        hidden = F.pad(hidden, (0, 0, 0, -n_rows % ROWS_PER_BLOCK)) if n_rows > ROWS_PER_BLOCK else hidden
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            hidden = linear(self.activation(hidden) if layer else hidden, weight[member].t(), bias[member, 0])
+    def _members(self) -> list[list[th.Tensor]]:
+        """The weights of each member's layers, (fan_in, fan_out) each, then their biases, (1, fan_out) each."""
+        return list(map(list, zip(*(parameter.unbind() for parameter in (*self.weights, *self.biases)), strict=True)))
+
+    def _forward_member(self, hidden: th.Tensor, parameters: list[th.Tensor]) -> th.Tensor:
+        n_rows, n_layers = len(hidden), len(self.weights)
+        if n_rows > ROWS_PER_BLOCK and n_rows % ROWS_PER_BLOCK:
+            hidden = F.pad(hidden, (0, 0, 0, -n_rows % ROWS_PER_BLOCK))
+        for layer, (weight, bias) in enumerate(zip(parameters[:n_layers], parameters[n_layers:], strict=True)):
+            hidden = differentiable_linear(self.activation(hidden) if layer else hidden, weight.t(), bias[0])
         return hidden[:n_rows]
 
     def _gaussian(self, outputs: th.Tensor, constant_log_var: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
@@ -118,63 +118,6 @@ class GaussianEnsemble(nn.Module):
         log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
         log_var = self.min_log_var + F.softplus(log_var - self.min_log_var)
         return mean, log_var
-
-
-class _MemberByMember(th.autograd.Function):
-    """
-    The layers of an ensemble, one member after the other: on a CPU, the values of one member stay in its cache, where
-    those of all members would not.
-
-    With :math:`z_l = h_{l-1} W_l + b_l` and :math:`h_l = f(z_l)`, a gradient :math:`g_l` of :math:`z_l` passes back
-
-    .. math:: g_{W_l} = h_{l-1}^T g_l, \\quad g_{b_l} = \\sum_{rows} g_l, \\quad g_{l-1} = f'(z_{l-1}) \\odot g_l W_l^T
-    """
-
-    @staticmethod
-    def forward(ctx: Any, activation: nn.Module, inputs: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
-        """
-        :param activation: between the layers
-        :param inputs: (ensemble, batch, input_dim)
-        :param parameters: the weights of all layers, (ensemble, fan_in, fan_out), then their biases, (ensemble, 1, fan_out)
-        :return: (ensemble, batch, fan_out of the last layer)
-        """
-        n_layers = len(parameters) // 2
-        weights, biases = parameters[:n_layers], parameters[n_layers:]
-        layer_inputs, outputs = [], []
-        for member, values in enumerate(inputs):
-            for layer in range(n_layers):
-                layer_inputs.append(values)  # before the activation
-                hidden = activation(values) if layer else values
-                values = linear(hidden, weights[layer][member].t(), biases[layer][member, 0])
-            outputs.append(values)
-        ctx.activation = activation
-        ctx.n_layers = n_layers
-        ctx.save_for_backward(*weights, *layer_inputs)
-        return th.stack(outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_outputs: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        """:param d_outputs: gradient of what ``forward`` returned"""
-        n_layers = ctx.n_layers
-        weights, layer_inputs = ctx.saved_tensors[:n_layers], ctx.saved_tensors[n_layers:]
-        d_weights = [th.empty_like(weight) for weight in weights]
-        d_biases = [weight.new_empty(len(weight), 1, weight.shape[2]) for weight in weights]
-        d_inputs = []
-        for member, gradient in enumerate(d_outputs):
-            for layer in reversed(range(n_layers)):
-                values = layer_inputs[member * n_layers + layer]
-                with th.enable_grad():
-                    values = values.detach().requires_grad_()
-                    hidden = ctx.activation(values) if layer else values
-                if any(ctx.needs_input_grad[2:]):
-                    d_weights[layer][member] = linear(hidden.detach().t(), gradient.t())
-                    d_biases[layer][member, 0] = gradient.sum(dim=0)
-                if layer:
-                    (gradient,) = th.autograd.grad(hidden, values, linear(gradient, weights[layer][member]))
-            if ctx.needs_input_grad[1]:
-                d_inputs.append(linear(gradient, weights[0][member]))
-        return None, th.stack(d_inputs) if d_inputs else None, *d_weights, *d_biases
 
 
 class TerminationHead(nn.Module):

@@ -25,6 +25,8 @@ N_LOOKS = 5
 DECAY_SHARE = 0.2
 #: Smallest standard deviation of constant noise, in the units of the targets: a dimension without errors has no logarithm.
 MIN_NOISE = 1e-4
+#: Gradient steps of one fit of the termination head, and rows of each kind in its batches.
+TERMINATION_STEPS, TERMINATION_ROWS = 500, 128
 
 
 def make_optimizer(dynamics: Dynamics) -> th.optim.Adam:
@@ -99,7 +101,7 @@ class KeptWeights:
     def __init__(self, ensemble: GaussianEnsemble, improvement: float | None) -> None:
         self._parameters = [*ensemble.weights, *ensemble.biases]  # the ensemble dimension first
         self._kept = [parameter.detach().clone() for parameter in self._parameters]
-        self._shared = [ensemble.max_log_var, ensemble.min_log_var, *ensemble.activation.parameters()]
+        self._shared = [*ensemble.noise_parameters(), *ensemble.activation.parameters()]
         self._last_shared = [parameter.detach().clone() for parameter in self._shared]
         self._improvement = improvement
         self.errors = th.full((ensemble.ensemble_size,), th.inf, device=self._kept[0].device)
@@ -169,8 +171,8 @@ def fit_dynamics(
     :param termination_optimizer: of the termination head
     :param data: all real transitions, raw
     :param generator: draws holdouts, bootstraps and batches
-    :param is_first: whether the dynamics has never been fitted; a known rule is then held against the data, see
-        :func:`check_termination`
+    :param is_first: whether the dynamics was never fitted, or its last fit diverged; a known rule is then held against the
+        data, see :func:`check_termination`
     :raises ValueError: when there are fewer than ``MIN_TRANSITIONS``, or the rule contradicts them
     """
     if data.n_rows < MIN_TRANSITIONS:
@@ -204,7 +206,7 @@ def fit_ensemble(
     :param optimizer: of the ensemble, see :func:`make_optimizer`
     :param data: all real transitions, raw, at least ``MIN_TRANSITIONS``
     :param generator: draws holdout, bootstraps and batches
-    :param is_first: whether the ensemble has never been fitted
+    :param is_first: whether the ensemble was never fitted, or its last fit diverged: which of ``max_gradient_steps`` counts
     :raises ValueError: when not even the weights that it ends with have a finite holdout error
     """
     start = time.perf_counter()
@@ -306,8 +308,6 @@ def fit_termination(
     optimizer: th.optim.Optimizer,
     data: Transitions,
     generator: th.Generator,
-    gradient_steps: int = 500,
-    batch_size: int = 256,
 ) -> tuple[float, float]:
     """
     Fits the termination head on batches that are half terminations. The head's scaling is the ensemble's, so fit that
@@ -317,8 +317,6 @@ def fit_termination(
     :param optimizer: of ``dynamics.termination_head``
     :param data: all real transitions, raw
     :param generator: draws holdout and batches
-    :param gradient_steps: of one fit
-    :param batch_size: rows per gradient step
     :return: precision and recall on the holdout; NaN where nothing was predicted, or nothing was there
     """
     head, config = dynamics.termination_head, dynamics.config
@@ -326,10 +324,10 @@ def fit_termination(
     inputs = dynamics.termination_inputs(train.observations, train.actions, train.next_observations)
     ended, others = inputs[train.terminated], inputs[~train.terminated]
     if len(ended) and len(others):
-        labels = th.cat((th.ones(batch_size // 2), th.zeros(batch_size // 2))).to(inputs.device)
-        for _ in range(gradient_steps):
+        labels = th.cat((th.ones(TERMINATION_ROWS), th.zeros(TERMINATION_ROWS))).to(inputs.device)
+        for _ in range(TERMINATION_STEPS):
             half_batches = [
-                rows[th.randint(len(rows), (batch_size // 2,), generator=generator, device=rows.device)]
+                rows[th.randint(len(rows), (TERMINATION_ROWS,), generator=generator, device=rows.device)]
                 for rows in (ended, others)
             ]
             loss = F.binary_cross_entropy_with_logits(head(th.cat(half_batches)), labels)

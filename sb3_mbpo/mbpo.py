@@ -28,6 +28,7 @@ from sb3_mbpo.imagination import imagine_round, sample_actions
 from sb3_mbpo.imagined_buffer import ImaginedBuffer
 from sb3_mbpo.observations import ObservationLayout, UnsupportedActionSpaceError, why_not_modelled
 from sb3_mbpo.resumable import ResumableSAC
+from sb3_mbpo.rules import check_rules
 from sb3_mbpo.schedules import check_positive, check_rollout_length, imagined_capacity, real_ratio_at, rollout_length_at
 from sb3_mbpo.tasks import known_termination_fn
 from sb3_mbpo.type_aliases import FitResult, ImaginationResult, RewardFn, RolloutLength, TerminationFn
@@ -172,6 +173,7 @@ class MBPO(ResumableSAC):
             setattr(self, name, check_positive(name, getattr(self, name)))
         self.rollout_length = check_rollout_length(self.rollout_length)
         real_ratio_at(1.0, self.real_ratio)
+        check_rules(termination_fn=self.termination_fn, reward_fn=self.reward_fn)
         DynamicsConfig.from_kwargs(self.dynamics_kwargs)
 
     def _setup_model(self) -> None:
@@ -223,7 +225,7 @@ class MBPO(ResumableSAC):
 
         :return: what the fit found; kept as ``fit_result``
         :raises ValueError: when these observations are not modelled, the transitions are too few, or the known
-            termination rule contradicts them (checked at the first fit)
+            termination rule contradicts them (checked at the first fit, and after one that diverged)
         """
         dynamics = self._modelled_dynamics()
         data = real_transitions(self.replay_buffer, self._layout, self.device)
@@ -247,9 +249,8 @@ class MBPO(ResumableSAC):
         self.policy.set_training_mode(False)
         self.imagined_buffer.resize(self._imagined_capacity(self.num_timesteps))
         branches = (starts, self.current_rollout_length(), self.fit_result.elites, self._generator)
-        result = imagine_round(dynamics, self._sample_imagined_actions, *branches, self.imagined_buffer.add)
-        self.imagination_result = result
-        return result.rows
+        self.imagination_result = imagine_round(dynamics, self._sample_imagined_actions, *branches, self.imagined_buffer.add)
+        return self.imagination_result.rows
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
@@ -279,7 +280,7 @@ class MBPO(ResumableSAC):
         return rollout_length_at(self.num_timesteps, self.rollout_length)
 
     def idle_reason(self) -> str | None:
-        """Why this model runs as plain SAC; ``None`` when it does not."""
+        """Why this model can only run as plain SAC; ``None`` when it can do more."""
         capacity = self.replay_buffer.buffer_size * self.replay_buffer.n_envs
         if capacity < MIN_TRANSITIONS:
             return f"the replay buffer holds {capacity} transitions, but a fit needs {MIN_TRANSITIONS}"

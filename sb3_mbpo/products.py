@@ -74,6 +74,14 @@ class _Linear(th.autograd.Function):
         )
 
 
+def differentiable_linear(inputs: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
+    """:func:`linear`, by oneDNN also where autograd records."""
+    if ONEDNN is None:
+        return F.linear(inputs, weight, bias)
+    outputs: th.Tensor = _Linear.apply(inputs, weight, bias)  # type: ignore[no-untyped-call]
+    return outputs
+
+
 @contextmanager
 def faster_layers(module: nn.Module) -> Iterator[None]:
     """
@@ -95,5 +103,4 @@ def faster_layers(module: nn.Module) -> Iterator[None]:
 def _forward(layer: nn.Linear, inputs: th.Tensor) -> th.Tensor:
     if inputs.dim() != 2:
         return F.linear(inputs, layer.weight, layer.bias)
-    outputs: th.Tensor = _Linear.apply(inputs, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
-    return outputs
+    return differentiable_linear(inputs, layer.weight, layer.bias)

@@ -113,8 +113,9 @@ class ResumableSAC(SAC):
             raise ValueError(
                 f"The file does not hold what {cls.__name__} needs. {misfit} Arguments that change which networks and "
                 "parameters are there, such as `net_arch` in `dynamics_kwargs`, cannot be changed on loading. If another "
-                f"algorithm saved the file, load it with that, such as `SAC.load`; to go on from SAC's policy, make a new "
-                f"{cls.__name__} with the same networks and call `model.set_parameters(sac.get_parameters(), exact_match=False)`."
+                "algorithm saved the file, load it with that, such as `SAC.load`; to go on from SAC's policy, make a new "
+                f"{cls.__name__} with the same networks and call "
+                "`model.set_parameters(sac.get_parameters(), exact_match=False)`."
             ) from error
         if kwargs.get("seed") is not None:
             model._generator.manual_seed(kwargs["seed"])

@@ -3,22 +3,23 @@
 import torch as th
 from torch import nn
 
+MIN_STD = 1e-6
+
 
 class Standardizer(nn.Module):
     """
-    Scales each dimension to zero mean and unit variance. Until it is fitted it changes nothing.
+    Scales each dimension to zero mean and unit variance. Until it is fitted it changes nothing. A dimension whose standard
+    deviation lies below ``MIN_STD`` counts as constant, with a ``std`` of 0: ``scale`` only centres it, and whatever is
+    unscaled becomes its mean.
 
     :param dim: number of dimensions
-    :param min_std: a dimension whose standard deviation lies below counts as constant, with a ``std`` of 0: ``scale`` only
-        centres it, and whatever is unscaled becomes its mean
     """
 
     mean: th.Tensor
     std: th.Tensor
 
-    def __init__(self, dim: int, min_std: float = 1e-6) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.min_std = min_std
         self.register_buffer("mean", th.zeros(dim))
         self.register_buffer("std", th.ones(dim))
 
@@ -27,7 +28,7 @@ class Standardizer(nn.Module):
         values = values.double()  # float32 sums lose small variances around large means
         std = values.std(dim=0, correction=0)
         self.mean.copy_(values.mean(dim=0))
-        self.std.copy_(th.where(std < self.min_std, 0.0, std))
+        self.std.copy_(th.where(std < MIN_STD, 0.0, std))
 
     def reset(self) -> None:
         """It changes nothing again."""

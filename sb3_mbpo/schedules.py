@@ -1,14 +1,25 @@
 """What changes with the number of environment steps, and the sizes that follow from it."""
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Any
 
 from sb3_mbpo.type_aliases import RolloutLength
 
 
+def is_positive_int(value: Any) -> bool:
+    """Whether it is an int of at least 1, NumPy's included; ``True`` is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
 def check_positive(name: str, value: int) -> int:
-    """:raises ValueError: when the parameter ``name`` is not an int of at least 1"""
-    if not isinstance(value, Integral) or value < 1:
+    """
+    :param name: of a parameter
+    :param value: that it was given
+    :return: the same, as Python's own int
+    :raises ValueError: when it is not an int of at least 1
+    """
+    if not is_positive_int(value):
         raise ValueError(f"`{name}` must be an int of at least 1, but got {value!r}.")
     return int(value)
 
@@ -57,14 +68,15 @@ def real_ratio_at(progress_remaining: float, real_ratio: float | Callable[[float
     :param progress_remaining: from 1 (start of ``learn``) to 0 (its end); below, where SB3's last rollout overshoots, it
         counts as 0
     :param real_ratio: share of real rows in a batch, or a schedule of it
-    :raises ValueError: when the share lies outside [0, 1]
+    :raises ValueError: when the share is no number, or lies outside [0, 1]
     """
-    ratio = float(real_ratio(max(progress_remaining, 0.0)) if callable(real_ratio) else real_ratio)
-    if not 0.0 <= ratio <= 1.0:
+    ratio = real_ratio(max(progress_remaining, 0.0)) if callable(real_ratio) else real_ratio
+    if not isinstance(ratio, Real) or not 0.0 <= float(ratio) <= 1.0:
         raise ValueError(
-            f"`real_ratio` must lie between 0 (only imagined rows) and 1 (plain SAC), but got {ratio}. The paper uses 0.05."
+            "`real_ratio` must be a number between 0 (only imagined rows) and 1 (plain SAC), or a schedule of such numbers, "
+            f"but got {ratio!r}. The paper uses 0.05."
         )
-    return ratio
+    return float(ratio)
 
 
 def imagined_capacity(

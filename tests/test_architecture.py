@@ -18,7 +18,7 @@ FLOORS = [
     {"fit", "imagination", "buffers", "update"},
     {"dynamics", "observations", "closed_form"},
     {"ensemble", "scaler", "tasks"},
-    {"schedules", "storage", "streams", "products", "activations", "policies", "imagined_buffer", "hyperparams"},
+    {"rules", "schedules", "storage", "streams", "products", "activations", "policies", "imagined_buffer", "hyperparams"},
     {"type_aliases"},
 ]
 #: One iteration, from file to file: no more than these seven need to be opened.

@@ -446,6 +446,11 @@ def test_numbers_that_are_not_finite_are_refused(observations, rewards, infos, n
         check_finite(np.zeros((1, 2)), observations, rewards, infos, None)
 
 
+def test_no_terminal_observation_is_none_that_is_not_finite():
+    """SB3, too, takes ``None`` for an entry that is not there."""
+    check_finite(np.zeros((1, 2)), np.zeros((1, 2)), np.zeros(1), [{"terminal_observation": None}], None)
+
+
 def test_a_reset_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="its observation is"):
         check_finite(np.array([[np.nan]]), np.zeros((1, 1)), np.zeros(1), [{}], None)

@@ -439,14 +439,13 @@ def test_its_defaults_fill_up_what_the_user_leaves_open(tmp_path):
     assert loaded.dynamics.config.constant_noise and loaded.dynamics.config.max_gradient_steps == 30
 
 
-def test_a_fit_without_new_states_is_made_again(monkeypatch):
-    model, fits = make(steps=45), []
+def test_after_a_fit_by_hand_the_next_updates_have_new_states():
+    model = make(steps=45)
     model.fit_dynamics()
-    assert model.dynamics_due()
-    monkeypatch.setattr(model, "fit_dynamics", lambda: fits.append(model.num_timesteps) or DHMBPO.fit_dynamics(model))
+    assert not model.dynamics_due() and not len(model.imagined_buffer)
     model.gradient_steps = 1
     model.learn(3, reset_num_timesteps=False)
-    assert fits == [46] and len(model.imagined_buffer) > 0
+    assert model._last_fit_timestep == 45 and len(model.imagined_buffer) > 0
 
 
 class SharingPolicy(SACPolicy):

@@ -20,7 +20,7 @@ from sb3_mbpo.fit import (
     make_optimizer,
     split_holdout,
 )
-from sb3_mbpo.tasks import takes_tensors
+from sb3_mbpo.rules import takes_tensors
 from sb3_mbpo.type_aliases import Transitions
 
 

@@ -515,7 +515,7 @@ def test_the_table_on_stdout_has_room_for_every_key(capsys):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(real_ratio=1.5), "`real_ratio` must lie between 0 .* but got 1.5"),
+        (dict(real_ratio=1.5), "`real_ratio` must be a number between 0 .* but got 1.5"),
         (dict(real_ratio=-0.1), "`real_ratio`"),
         (dict(rollout_length=(100, 50, 1, 5)), "`rollout_length`=.*ends.*before it starts"),
         (dict(rollout_length=0), "`rollout_length` must be at least 1"),
@@ -523,6 +523,8 @@ def test_the_table_on_stdout_has_room_for_every_key(capsys):
         (dict(dynamics_train_freq=0.5), "`dynamics_train_freq`"),
         (dict(rollout_retain_steps=-1), "`rollout_retain_steps`"),
         (dict(policy_delay=0), "`policy_delay`"),
+        (dict(termination_fn=3), r"`termination_fn` must be a function \(obs, action, next_obs\), or None, but got 3"),
+        (dict(reward_fn="dense"), "`reward_fn` must be a function .* but got 'dense'"),
         (dict(dynamics_kwargs=dict(n_elites=8)), "must be from 1 to `ensemble_size`=7, but got 8"),
         (dict(dynamics_kwargs=dict(max_gradient_steps=(1, 0))), r"'max_gradient_steps'\] must be .*, but got \(1, 0\)"),
         (dict(dynamics_kwargs=dict(hidden=3)), r"got \['hidden'\], which it does not know"),

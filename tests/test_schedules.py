@@ -45,12 +45,12 @@ def test_capacity_of_the_papers_hopper_and_humanoid(arguments, rows):
 def test_real_ratio_may_be_a_schedule():
     assert real_ratio_at(0.3, 0.05) == 0.05
     assert real_ratio_at(0.3, lambda progress: 1 - progress) == pytest.approx(0.7)
-    for bad in (-0.01, 1.01, float("nan"), lambda progress: 2.0):
-        with pytest.raises(ValueError, match="real_ratio"):
+    for bad in (-0.01, 1.01, float("nan"), lambda progress: 2.0, None, "0.5", [0.1], lambda progress: None):
+        with pytest.raises(ValueError, match=r"`real_ratio` must be a number between 0 .*, but got"):
             real_ratio_at(1.0, bad)
 
 
-@pytest.mark.parametrize("value", [0, -5, 1.5, "3"])
+@pytest.mark.parametrize("value", [0, -5, 1.5, "3", True])
 def test_only_positive_ints_pass(value):
     with pytest.raises(ValueError, match="`policy_delay` must be an int of at least 1, but got"):
         check_positive("policy_delay", value)

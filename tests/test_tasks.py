@@ -7,7 +7,8 @@ from gymnasium.wrappers import TransformObservation
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
-from sb3_mbpo.tasks import evaluate_termination, known_reward_fn, known_termination_fn
+from sb3_mbpo.rules import evaluate_termination
+from sb3_mbpo.tasks import known_reward_fn, known_termination_fn
 
 WITH_POSITIONS = dict(exclude_current_positions_from_observation=False)
 SHORT_ANT = dict(include_cfrc_ext_in_observation=False)

@@ -8,6 +8,7 @@ One run of a suite, from its start or from where it was stopped, to its end. Its
 """
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from sb3_mbpo.benchmark.provenance import commit, processor, versions
 from sb3_mbpo.benchmark.suite import Run, algorithm_class
 from sb3_mbpo.checkpoint import CheckpointCallback, checkpoints, load_checkpoint
 from sb3_mbpo.hyperparams import as_arguments
-from sb3_mbpo.storage import sync_file, sync_folder, write_whole
+from sb3_mbpo.storage import write_whole
 
 #: Whatever a run normalises, its evaluation neither learns from what it sees nor touches the returns.
 EVALUATED = {"training": False, "norm_reward": False}
@@ -154,10 +155,9 @@ def _train(run: Run, folder: Path) -> None:
     )
     callbacks = [evaluation, StepsFile(folder / "steps.txt"), saving]
     model.learn(run.steps - model.num_timesteps, callback=callbacks, reset_num_timesteps=False)
-    model.save(folder / "partial.zip")
-    sync_file(folder / "partial.zip")
-    (folder / "partial.zip").replace(folder / "model.zip")
-    sync_folder(folder)
+    file = io.BytesIO()
+    model.save(file)
+    write_whole(folder / "model.zip", file.getvalue())
     shutil.rmtree(saved, ignore_errors=True)
 
 
