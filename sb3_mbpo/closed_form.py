@@ -200,7 +200,11 @@ def _values(critics: Sequence[Sequence[nn.Linear]], passes: Sequence[list[th.Ten
 
 
 def _through_relu(d_positive: th.Tensor, positive: th.Tensor) -> th.Tensor:
-    """:return: the gradient before ReLU. :param d_positive: after it. :param positive: its output"""
+    """
+    :param d_positive: after it
+    :param positive: its output
+    :return: the gradient before ReLU.
+    """
     return th.ops.aten.threshold_backward(d_positive, positive, 0.0)  # type: ignore[no-any-return]
 
 

@@ -143,7 +143,11 @@ def imagine_path(
 
 
 def _stop_at_infinite_gradients(*tensors: th.Tensor) -> None:
-    """A reward that is NaN is left out, but its gradient would be zero times NaN. :param tensors: (batch, ...) each"""
+    """
+    A reward that is NaN is left out, but its gradient would be zero times NaN.
+
+    :param tensors: (batch, ...) each
+    """
     for tensor in tensors:
         if tensor.requires_grad:
             tensor.register_hook(lambda gradient: gradient.where(gradient.isfinite().all(dim=-1, keepdim=True), 0.0))

@@ -173,7 +173,11 @@ class GaussianPrediction(NamedTuple):
     std: th.Tensor
 
     def sample(self, generator: th.Generator) -> th.Tensor:
-        """One draw of the same shape, differentiable in mean and std. :param generator: of the noise"""
+        """
+        One draw of the same shape, differentiable in mean and std.
+
+        :param generator: of the noise
+        """
         noise = th.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * noise
 
@@ -250,11 +254,19 @@ class Dynamics(nn.Module):
         return self.input_scaler.scale(th.cat((observations, actions), dim=-1))
 
     def scaled_targets(self, data: Transitions) -> th.Tensor:
-        """:return: (batch, obs_dim + 1), scaled ``[next_observation - observation, reward]``"""
+        """
+        :param data: (batch, ...), raw
+        :return: (batch, obs_dim + 1), scaled ``[next_observation - observation, reward]``
+        """
         return self.target_scaler.scale(self._raw_targets(data))
 
     def termination_inputs(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
-        """:return: (batch, 2 * obs_dim + action_dim), scaled, what the termination head sees"""
+        """
+        :param observations: (batch, obs_dim), raw
+        :param actions: (batch, action_dim), in [-1, 1]
+        :param next_observations: (batch, obs_dim), raw
+        :return: (batch, 2 * obs_dim + action_dim), scaled, what the termination head sees
+        """
         scaled_next = self.scaled_inputs(next_observations, actions)[..., : next_observations.shape[-1]]
         return th.cat((self.scaled_inputs(observations, actions), scaled_next), dim=-1)
 
@@ -315,7 +327,10 @@ class Dynamics(nn.Module):
         return ((observations >= self.lowest) & (observations <= self.highest)).all(dim=-1)
 
     def unscale_actions(self, actions: th.Tensor) -> th.Tensor:
-        """From [-1, 1] to the environment's units."""
+        """
+        :param actions: (batch, action_dim), in [-1, 1]
+        :return: the same in the environment's units
+        """
         return self._action_low + 0.5 * (actions + 1.0) * self._action_range
 
     @staticmethod

@@ -32,7 +32,11 @@ class ImaginedBuffer:
         return self._size
 
     def add(self, transitions: Transitions) -> None:
-        """Stores rows; the oldest give way. :param transitions: raw, on the same device"""
+        """
+        Stores rows; the oldest give way.
+
+        :param transitions: raw, on the same device
+        """
         self._allocate()
         newest = transitions.rows(slice(-self.capacity, None))
         columns = [field if field.dim() == 2 else field.float().unsqueeze(-1) for field in newest]
@@ -71,7 +75,11 @@ class ImaginedBuffer:
             self._rows[self._oldest() : capacity] = th.as_tensor(rows[pos:])
 
     def resize(self, capacity: int) -> None:
-        """Keeps the newest rows. :param capacity: rows from now on"""
+        """
+        Keeps the newest rows.
+
+        :param capacity: rows from now on
+        """
         wider = capacity - self.capacity
         if wider < 0 or capacity > len(self._rows):
             kept = self._newest(capacity)

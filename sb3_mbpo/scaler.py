@@ -41,7 +41,10 @@ class Standardizer(nn.Module):
         return th.where(self.std > 0.0, self.std, 1.0)
 
     def scale(self, values: th.Tensor) -> th.Tensor:
-        """:param values: (..., dim), raw, of any precision. :return: in that of the statistics, as the networks need them"""
+        """
+        :param values: (..., dim), raw, of any precision
+        :return: in that of the statistics, as the networks need them
+        """
         return ((values - self.mean) / self.divisor).to(self.mean.dtype)
 
     def unscale(self, values: th.Tensor) -> th.Tensor:

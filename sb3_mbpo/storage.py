@@ -30,7 +30,11 @@ class UnreadableFileError(DamagedFileError):
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes beside ``path``, syncs, renames. :param content: what JSON can hold"""
+    """
+    Writes beside ``path``, syncs, renames.
+
+    :param content: what JSON can hold
+    """
     body = json.dumps(content, sort_keys=True)
     write_whole(path, json.dumps({"sha256": _digest(body.encode()), "content": content}, sort_keys=True).encode())
 
@@ -146,7 +150,11 @@ def _partial(path: Path) -> Path:
 
 
 def _replace(path: Path, data: memoryview | bytes) -> None:
-    """Writes beside ``path``, syncs, renames. :param data: what the file is to hold"""
+    """
+    Writes beside ``path``, syncs, renames.
+
+    :param data: what the file is to hold
+    """
     partial = _partial(path)
     with partial.open("wb") as file:
         file.write(data)
@@ -156,7 +164,11 @@ def _replace(path: Path, data: memoryview | bytes) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Nobody ever reads half of it, not after a power cut either. :param data: what the file is to hold"""
+    """
+    Nobody ever reads half of it, not after a power cut either.
+
+    :param data: what the file is to hold
+    """
     _replace(path, data)
     sync_folder(path.parent)
 

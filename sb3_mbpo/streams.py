@@ -39,7 +39,11 @@ def generator_state(generator: th.Generator) -> State:
 
 
 def set_generator_state(generator: th.Generator, state: State) -> None:
-    """On another type of device, where the state has no meaning, nothing changes. :param state: of a generator"""
+    """
+    On another type of device, where the state has no meaning, nothing changes.
+
+    :param state: of a generator
+    """
     if generator.device.type == state["device"]:
         generator.set_state(_from_hex(state["state"]))
 
@@ -83,7 +87,11 @@ class EpisodeStreams:
         self.after = list(after)
 
     def begin(self, env: VecEnv, indices: Sequence[int]) -> None:
-        """Call this when new episodes have begun. :param indices: of their environments"""
+        """
+        Call this when new episodes have begun.
+
+        :param indices: of their environments
+        """
         for index, state in zip(indices, environment_streams(env, indices), strict=True):
             self.before[index], self.after[index] = self.after[index], state
 

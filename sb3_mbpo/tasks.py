@@ -27,14 +27,22 @@ class _Task(NamedTuple):
     env: VecEnv
 
     def read(self, attribute: str) -> Any:
-        """The value that all environments share. :raises LookupError: when they differ"""
+        """
+        The value that all environments share.
+
+        :raises LookupError: when they differ
+        """
         first, *others = self.env.get_attr(attribute)
         if any(not np.array_equal(first, other) for other in others):
             raise LookupError(attribute)
         return first
 
     def skipped(self, positions: int) -> int:
-        """Columns before the first one that every layout has. :param positions: x, or x and y, that may be left out"""
+        """
+        Columns before the first one that every layout has.
+
+        :param positions: x, or x and y, that may be left out
+        """
         return 0 if self.read("_exclude_current_positions_from_observation") else positions
 
 

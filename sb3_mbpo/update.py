@@ -72,11 +72,13 @@ def sac_updates(model: SAC, batches: Iterable[Any], policy_delay: int) -> dict[s
 
 def with_same_policy(batches: Iterable[Any], n_updates: int, policy_delay: int) -> Iterator[tuple[Any, list[Any]]]:
     """
+    Between two updates of the actor, all batches can draw their next actions at once.
+
     :param batches: for one update each
     :param n_updates: before the first of them
-    :param policy_delay: as above
-    :return: each batch; with the first one after an update of the actor come all up to its next update, itself included, with
-        any other none
+    :param policy_delay: critic updates per update of the actor
+    :return: each batch with a list: the first one of the same actor with all that the actor draws for, itself included, the
+        others with an empty one
     """
     batches = iter(batches)
     while ahead := list(itertools.islice(batches, (-n_updates) % policy_delay + 1)):
@@ -130,7 +132,15 @@ def fuse(optimizer: th.optim.Optimizer) -> None:
 
 
 def update_ent_coef(model: SAC, log_prob: th.Tensor) -> th.Tensor:
-    """.. math:: J(\\alpha) = E[-\\log\\alpha (\\log\\pi(a|s) + \\bar H)]"""
+    """
+    One step of its optimizer, down the gradient of
+
+    .. math:: J(\\alpha) = E[-\\log\\alpha (\\log\\pi(a|s) + \\bar H)]
+
+    :param model: whose coefficient is learned
+    :param log_prob: of drawn actions, (batch, 1) or (batch,)
+    :return: the loss
+    """
     assert model.log_ent_coef is not None and model.ent_coef_optimizer is not None
     assert isinstance(model.target_entropy, float)
     surplus = (log_prob.detach() + model.target_entropy).mean()
@@ -171,7 +181,11 @@ class Autograd:
         return ActorDraw(actions, log_prob.reshape(-1, 1))
 
     def act_ahead(self, observations: Sequence[Any]) -> Iterator[ActorDraw]:
-        """The same for several batches, one at a time. :param observations: one entry per batch, (batch, ...) each"""
+        """
+        The same for several batches, one at a time.
+
+        :param observations: one entry per batch, (batch, ...) each
+        """
         return (self.act(batch) for batch in observations)
 
     def target_values(self, observations: Any, actions: th.Tensor) -> th.Tensor:
@@ -182,6 +196,9 @@ class Autograd:
         """
         .. math:: J(Q) = \\tfrac12 E[(Q(s, a) - r - \\gamma (1 - d)(\\min_i \\bar Q_i(s', a') - \\alpha\\log\\pi(a'|s')))^2]
 
+        :param observations: s, as the policy expects them, (batch, ...)
+        :param actions: a, (batch, action_dim), in [-1, 1]
+        :param targets: (batch, 1)
         :return: the loss
         """
         values = self._model.critic(observations, actions)
@@ -194,6 +211,9 @@ class Autograd:
         """
         .. math:: J(\\pi) = E[\\alpha\\log\\pi(a|s) - \\min_i Q_i(s, a)]
 
+        :param observations: s, as the policy expects them, (batch, ...)
+        :param draw: a, the actor's own for these observations
+        :param ent_coef: alpha, a number
         :return: the loss
         """
         values = th.cat(self._model.critic(observations, draw.actions), dim=1).min(dim=1, keepdim=True).values

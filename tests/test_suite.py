@@ -153,7 +153,7 @@ def test_algorithms_are_found_by_module_and_class():
         ({"algorithms": {"SAC": {"class": "stable_baselines3.SACK"}}}, "no algorithm 'stable_baselines3.SACK'"),
         ({"algorithms": {"PPO": {"class": "stable_baselines3.PPO"}}}, "'stable_baselines3.PPO' is no off-policy algorithm"),
         ({"algorithms": {"SAC": {"class": "stable_baselines3.SAC", "kwargs": {"k": 1}}}}, r"has no parameters \['k'\]"),
-        ({"algorithms": {"MBPO": {"class": "sb3_mbpo.MBPO", "settings": "ours"}}}, "no settings 'ours'"),
+        ({"algorithms": {"MBPO": {"class": "sb3_mbpo.MBPO", "settings": "ours"}}}, "no file of settings 'ours'"),
         ({"algorithms": {"SAC": {"class": "stable_baselines3.SAC", "kwargs": {"seed": 1}}}}, r"no parameters \['seed'\]"),
         ({"algorithms": {"SAC": {"class": "stable_baselines3.SAC", "kwargs": 5}}}, "a mapping as `kwargs`, but got 5"),
         ({"algorithms": {"SAC": {"class": "stable_baselines3.SAC", "normalize": 5}}}, "as `normalize`, but got 5"),

@@ -187,7 +187,7 @@ def test_what_cannot_work_is_refused_before_a_run_begins(tmp_path):
         f"{train} -params callback:{callback}",
         f"{train} -params callback:[{{{callback}:dict(gradient_steps=1)}}]",
     )
-    assert "ValueError: There are no settings 'mbpo_papr': pass one of ['dhmbpo', 'mbpo', 'mbpo_paper']" in unknown
+    assert "ValueError: There is no file of settings 'mbpo_papr': pass one of ['dhmbpo', 'mbpo', 'mbpo_paper']" in unknown
     for said in (parallel, listed):
         assert "ValueError: `ParallelTrainCallback` trains a copy of the model" in said
     assert not (tmp_path / "logs").exists()

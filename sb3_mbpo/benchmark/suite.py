@@ -34,7 +34,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.benchmark.results import check_scores
-from sb3_mbpo.hyperparams import Settings, as_arguments, load_settings, normalize_kwargs, read_yaml
+from sb3_mbpo.hyperparams import Settings, as_arguments, load_settings, named_file, normalize_kwargs, read_yaml
 from sb3_mbpo.schedules import check_positive
 
 FOLDER = Path(__file__).parent / "suites"
@@ -93,10 +93,7 @@ def load_suite(name: str | Path) -> list[Run]:
     :return: its runs; all environments and algorithms of the first seed come first
     :raises ValueError: when there is no such file, or it says what nobody understands
     """
-    path = FOLDER / f"{name}.yml" if Path(name).suffix not in (".yml", ".yaml") else Path(name)
-    if not path.is_file():
-        ours = sorted(file.stem for file in FOLDER.glob("*.yml"))
-        raise ValueError(f"There is no suite {str(name)!r}: pass one of {ours} or the path of a YAML file.")
+    path = named_file(FOLDER, name, "suite")
     suite = read_yaml(path)
     _check_keys(str(path), suite, IN_SUITE, {"seeds", "environments", "algorithms"})
     for part, kind in {"seeds": list, "environments": dict, "algorithms": dict}.items():

@@ -39,10 +39,20 @@ def settings_file(name: str | Path) -> Path:
     :param name: of a file here, such as ``"mbpo"`` or ``"mbpo_paper"``, or the path of a YAML file of your own
     :raises ValueError: when there is no such file
     """
-    path = FOLDER / f"{name}.yml" if Path(name).suffix not in (".yml", ".yaml") else Path(name)
+    return named_file(FOLDER, name, "file of settings")
+
+
+def named_file(folder: Path, name: str | Path, kind: str) -> Path:
+    """
+    :param folder: of our YAML files
+    :param name: of one of them, without its ending, or the path of another YAML file
+    :param kind: what such a file is called
+    :raises ValueError: when there is no such file
+    """
+    path = folder / f"{name}.yml" if Path(name).suffix not in (".yml", ".yaml") else Path(name)
     if not path.is_file():
-        ours = sorted(file.stem for file in FOLDER.glob("*.yml"))
-        raise ValueError(f"There are no settings {str(name)!r}: pass one of {ours} or the path of a YAML file.")
+        ours = sorted(file.stem for file in folder.glob("*.yml"))
+        raise ValueError(f"There is no {kind} {str(name)!r}: pass one of {ours} or the path of a YAML file.")
     return path
 
 
