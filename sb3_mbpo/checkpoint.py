@@ -16,7 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_mbpo.mbpo import MBPO
-from sb3_mbpo.run_state import SomeMBPO, blob_names, collect, episodes_begin, restore
+from sb3_mbpo.run_state import SomeMBPO, between_episodes, blob_names, collect, restore
 from sb3_mbpo.schedules import check_positive
 from sb3_mbpo.storage import BlobStore, DamagedFileError, UnreadableFileError, read_json, write_json
 
@@ -151,7 +151,7 @@ class CheckpointCallback(BaseCallback):
         now = self.model.num_timesteps
         saved = [_steps(path) for path in checkpoints(self.folder)[:1]]
         last = saved[0] if saved and saved[0] <= now else 0  # a later one was skipped, or is another run's
-        if now // self.save_freq > last // self.save_freq and (not self.at_episode_end or episodes_begin(self.model)):
+        if now // self.save_freq > last // self.save_freq and (not self.at_episode_end or between_episodes(self.model)):
             self._save()
             if self.model.use_sde:  # SB3 has just drawn the noise of this rollout, and will draw again when it resumes
                 self.model.actor.reset_noise(self.model.n_envs)

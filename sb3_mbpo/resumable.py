@@ -73,7 +73,7 @@ class ResumableSAC(SAC):
         super()._store_transition(*args, **kwargs)
         ended = np.flatnonzero(self.replay_buffer.dones[self.replay_buffer.pos - 1])
         if len(ended) and self.env is not None and self._episode_streams is not None:
-            self._episode_streams.begin(self.env, ended.tolist())
+            self._episode_streams.record_beginnings(self.env, ended.tolist())
 
     def save(
         self,

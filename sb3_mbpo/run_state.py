@@ -14,7 +14,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_mbpo.mbpo import MBPO
 from sb3_mbpo.storage import BlobStore
-from sb3_mbpo.streams import EpisodeStreams, begin_episodes, environment_streams, global_streams, set_global_streams
+from sb3_mbpo.streams import EpisodeStreams, environment_streams, global_streams, reset_with_streams, set_global_streams
 from sb3_mbpo.type_aliases import ImaginationResult
 
 #: The layout of the list. A reader refuses what it does not know.
@@ -80,14 +80,14 @@ def restore(
     _restore_vec_normalizes(wrappers, content["vec_normalize"])
     if content["environments"] is not None:
         with _not_counting(wrappers):  # the saved statistics have this reset in them
-            _begin_episodes(model, vec_env, content["environments"])
+            _reset_environments(model, vec_env, content["environments"])
     elif model.seed is not None:
         vec_env.seed(model.seed)  # `learn` resets the environments for the first time
     set_global_streams(content["streams"])
     return model
 
 
-def episodes_begin(model: MBPO) -> bool:
+def between_episodes(model: MBPO) -> bool:
     """Whether no episode is under way: there is no step yet, or the last one was the last of its episode everywhere."""
     buffer = model.replay_buffer
     return buffer.size() == 0 or bool(buffer.dones[buffer.pos - 1].all())
@@ -227,15 +227,15 @@ def _statistics(content: dict[str, Any]) -> RunningMeanStd:
 
 def _collect_environments(model: MBPO, env: VecEnv) -> dict[str, Any]:
     streams = model._episode_streams
-    if episodes_begin(model) and streams is not None and None not in streams.before:
+    if between_episodes(model) and streams is not None and None not in streams.before:
         return {"before": streams.before, "after": streams.after}
     return {"before": environment_streams(env), "after": [None] * env.num_envs}
 
 
-def _begin_episodes(model: MBPO, env: VecEnv, content: dict[str, Any]) -> None:
+def _reset_environments(model: MBPO, env: VecEnv, content: dict[str, Any]) -> None:
     """Resets the environments, so that ``learn`` need not."""
     streams = EpisodeStreams(content["before"], content["after"])
-    model._last_obs = begin_episodes(env, streams)
+    model._last_obs = reset_with_streams(env, streams)
     streams.after = environment_streams(env)
     model._episode_streams = streams
     model._last_episode_starts = np.ones((env.num_envs,), dtype=bool)

@@ -86,7 +86,7 @@ class EpisodeStreams:
         self.before = list(before)
         self.after = list(after)
 
-    def begin(self, env: VecEnv, indices: Sequence[int]) -> None:
+    def record_beginnings(self, env: VecEnv, indices: Sequence[int]) -> None:
         """
         Call this when new episodes have begun.
 
@@ -96,7 +96,7 @@ class EpisodeStreams:
             self.before[index], self.after[index] = self.after[index], state
 
 
-def begin_episodes(env: VecEnv, streams: EpisodeStreams) -> Any:
+def reset_with_streams(env: VecEnv, streams: EpisodeStreams) -> Any:
     """
     Resets all environments, each to the episode that it had begun with these streams.
 

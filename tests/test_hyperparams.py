@@ -210,5 +210,7 @@ def test_a_file_that_cannot_be_used_is_explained(content, message, tmp_path):
 
 @pytest.mark.parametrize("name", ["mbpo_papr", "missing.yml", "mbpo.txt"])
 def test_unknown_settings_are_refused_and_ours_are_named(name):
-    with pytest.raises(ValueError, match=rf"no file of settings '{name}': pass one of \['dhmbpo', 'mbpo', 'mbpo_paper'\] or the path"):
+    with pytest.raises(
+        ValueError, match=rf"no file of settings '{name}': pass one of \['dhmbpo', 'mbpo', 'mbpo_paper'\] or the path"
+    ):
         settings_file(name)
