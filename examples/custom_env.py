@@ -3,7 +3,8 @@ An environment of your own, with its rules handed to MBPO, wrapped in VecNormali
 
     python examples/custom_env.py
 
-A rocket shall hover one metre above the ground. When it ends and what it earns is known, so nothing of that is learned.
+A rocket shall hover one metre above the ground. When it ends and what it earns is known, so imagined steps follow
+these rules, not learned ones.
 """
 
 import argparse

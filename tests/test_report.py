@@ -351,7 +351,7 @@ def test_a_threshold_that_few_seeds_reach_makes_no_sentence(tmp_path):
         write_run(tmp_path, "E", "SAC", seed, [5.0])
         write_run(tmp_path, "E", "A", seed, [9.0 if seed == 0 else 1.0])
     report = report_of(tmp_path)
-    assert table_after(report, "Steps to SAC's")["A"] == ["not by half", "1 of 3"] and "**A**" not in report
+    assert table_after(report, "Steps to SAC's")["A"] == ["fewer than half", "1 of 3"] and "**A**" not in report
 
 
 def test_without_given_scores_the_range_of_the_means_is_used(tmp_path):

@@ -26,12 +26,13 @@ from sb3_mbpo.benchmark.statistics import (
 
 HOW_TO_READ = f"""\
 Returns are those of the deterministic policy, means of several episodes. The end of an algorithm is the last evaluation that
-all its seeds have. The interquartile mean is the mean of the middle half of all runs: a quarter of them, rounded down, is cut
-from either end, so that of fewer than four runs is the plain mean. Intervals are 95 % percentile intervals of a stratified
-bootstrap: {RESAMPLES:,} times the runs are drawn anew, within each environment. They tell of other seeds, not of other
-environments, and need two seeds at least on every environment. Of two or three seeds on one environment they reach from the
-lowest to the highest. From few runs they come out too narrow: "1.00 to 1.00" says that every run won, not that every other one
-will."""
+all its seeds have; "last three evaluations" has the mean and standard deviation, over the seeds, of each seed's mean in its
+last three. Minutes include the time that a run was paused. The interquartile mean is the mean of the middle half of all runs:
+a quarter of them, rounded down, is cut from either end, so that of fewer than four runs is the plain mean. Intervals are 95 %
+percentile intervals of a stratified bootstrap: {RESAMPLES:,} times the runs are drawn anew, within each environment. They tell
+of other seeds, not of other environments, and need two seeds at least on every environment. Of two or three seeds on one
+environment they reach from the lowest to the highest. From few runs they come out too narrow: "1.00 to 1.00" says that every
+run won, not that every other one will."""
 
 
 class Benchmark(NamedTuple):
@@ -242,7 +243,7 @@ def _thresholds(benchmark: Benchmark, environment: str, decimals: int) -> list[s
     rows, sentences = [], []
     for algorithm, evaluations in benchmark.evaluations.query("environment == @environment").groupby("algorithm"):
         reached = steps_to_threshold(evaluations, threshold)
-        after = f"{reached.steps:,}" if reached.steps is not None else "not by half"
+        after = f"{reached.steps:,}" if reached.steps is not None else "fewer than half"
         rows.append([algorithm, after, f"{reached.seeds} of {reached.all_seeds}"])
         if reached.steps is not None and algorithm != baseline:
             some = f" ({reached.seeds} of {reached.all_seeds} seeds)" if reached.seeds < reached.all_seeds else ""
