@@ -6,7 +6,6 @@ import warnings
 from collections import deque
 from dataclasses import astuple
 from fractions import Fraction
-from functools import partial
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from test_imagination import CountingDynamics, no_action, starts
 
 from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.buffers import ModelAugmentedReplayBuffer, count_usable, draw_observations, real_transitions
-from sb3_mbpo.fit import MIN_TRANSITIONS, fit_termination
+from sb3_mbpo.fit import MIN_TRANSITIONS
 from sb3_mbpo.imagination import imagine, imagine_round
 from sb3_mbpo.imagined_buffer import ImaginedBuffer
 from sb3_mbpo.observations import ObservationLayout
@@ -298,7 +297,7 @@ def test_any_settings_learn_and_count_exactly(n_envs, kwargs):
     tiny = dict(policy_kwargs=dict(net_arch=[4]), dynamics_kwargs=dynamics_kwargs, seed=0, device="cpu")
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("error")
-        patch.setattr("sb3_mbpo.fit.fit_termination", partial(fit_termination, gradient_steps=3))
+        patch.setattr("sb3_mbpo.fit.TERMINATION_STEPS", 3)
         model = MBPO("MlpPolicy", make_vec_env(LineEnv, n_envs), **tiny, **kwargs).learn(83)  # prime: rollouts overshoot
 
     per_call, batch, freq = kwargs["train_freq"] * n_envs, kwargs["rollout_batch_size"], kwargs["dynamics_train_freq"]
@@ -350,7 +349,7 @@ def test_any_settings_of_dhmbpo_learn_and_count_exactly(n_envs, kwargs):
 
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("error")
-        patch.setattr("sb3_mbpo.fit.fit_termination", partial(fit_termination, gradient_steps=3))
+        patch.setattr("sb3_mbpo.fit.TERMINATION_STEPS", 3)
         model = Noting("MlpPolicy", make_vec_env(LineEnv, n_envs), **tiny, **kwargs).learn(83)
 
     per_call, freq = kwargs["train_freq"] * n_envs, kwargs["dynamics_train_freq"]
