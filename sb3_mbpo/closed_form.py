@@ -203,7 +203,7 @@ def _through_relu(d_positive: th.Tensor, positive: th.Tensor) -> th.Tensor:
     """
     :param d_positive: after it
     :param positive: its output
-    :return: the gradient before ReLU.
+    :return: the gradient before ReLU
     """
     return th.ops.aten.threshold_backward(d_positive, positive, 0.0)  # type: ignore[no-any-return]
 

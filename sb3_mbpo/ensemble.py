@@ -105,7 +105,8 @@ class GaussianEnsemble(nn.Module):
 
     def _forward_member(self, hidden: th.Tensor, parameters: list[th.Tensor]) -> th.Tensor:
         n_rows, n_layers = len(hidden), len(self.weights)
-        if n_rows > ROWS_PER_BLOCK and n_rows % ROWS_PER_BLOCK:
+        is_fit = th.is_grad_enabled() and parameters[0].requires_grad  # whose batches are all of one size
+        if n_rows > ROWS_PER_BLOCK and n_rows % ROWS_PER_BLOCK and not is_fit:
             hidden = F.pad(hidden, (0, 0, 0, -n_rows % ROWS_PER_BLOCK))
         for layer, (weight, bias) in enumerate(zip(parameters[:n_layers], parameters[n_layers:], strict=True)):
             hidden = differentiable_linear(self.activation(hidden) if layer else hidden, weight.t(), bias[0])

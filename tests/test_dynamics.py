@@ -173,8 +173,14 @@ def test_user_functions_that_return_something_else_are_refused(generator, functi
         (dict(net_arch=[[200], 200]), "'net_arch'.*but got ..200., 200."),
         (dict(weight_decay=np.array(0.1)), "'weight_decay'.*a list of one per layer, but got array"),
         (dict(weight_decay=[0.1, float("nan")], net_arch=[8]), "'weight_decay'.*at least 0, but got"),
-        (dict(activation_fn="relu"), r"'activation_fn'\] must be a class .*, such as torch.nn.SiLU, but got 'relu'"),
-        (dict(activation_fn=th.nn.SiLU()), r"'activation_fn'\] must be a class .*, such as torch.nn.SiLU, but got SiLU\(\)"),
+        (
+            dict(activation_fn="relu"),
+            r"'activation_fn'\] must be a class that needs no arguments, such as torch.nn.SiLU, but got 'relu'",
+        ),
+        (
+            dict(activation_fn=th.nn.SiLU()),
+            r"'activation_fn'\] must be a class that needs no arguments, such as torch.nn.SiLU, but got SiLU\(\)",
+        ),
         (dict(activation_fn=th.tanh), r"'activation_fn'\] must be a class that needs no arguments"),
         (dict(activation_fn=int), r"'activation_fn'\] must be a class that needs no arguments"),
         (dict(patience=True), r"'patience'\] must be an int, but got True"),
