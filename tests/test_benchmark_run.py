@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -233,7 +234,7 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert model.stat().st_mtime_ns == written
 
 
-def test_a_run_that_goes_on_with_something_else_says_so(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_says_from_where_and_with_what(tmp_path, monkeypatch):
     """It begins anew at commit "b", goes on from its checkpoint at "b", then at "c"."""
     run = make_run("stable_baselines3.SAC", steps=400)
 
@@ -249,14 +250,15 @@ def test_a_run_that_goes_on_with_something_else_says_so(tmp_path, monkeypatch):
     for step, first, later, expected in (
         (50, "a", "a", []),
         (150, "b", "b", []),
-        (250, "b", "b", []),
-        (350, "b", "c", [(200, "c")]),
+        (250, "b", "b", [(100, "b")]),
+        (350, "b", "c", [(100, "b"), (200, "c")]),
     ):
         info, continued = train_until(step, later)
         assert info["commit"] == first and continued == expected
     assert info["continued"][0].keys() == {"from_step", "versions", "commit", "machine", "date"}
-    assert train_until(1000, "d")[1] == [(200, "c"), (300, "d")] and is_finished(run, tmp_path)
-    assert train_until(1000, "e")[1] == [(200, "c"), (300, "d")]  # it was finished
+    everything = [(100, "b"), (200, "c"), (300, "d")]
+    assert train_until(1000, "d")[1] == everything and is_finished(run, tmp_path)
+    assert train_until(1000, "e")[1] == everything  # it was finished
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
@@ -407,6 +409,32 @@ def test_a_killed_suite_goes_on_with_the_same_command(tmp_path, one_core):
     assert rows(second, tmp_path / "out").seconds[0] == before.seconds[0]  # it went on, instead of beginning anew
 
 
+def test_progress_has_the_steps_speed_and_time_left_of_each_run_under_way(tmp_path):
+    under_way, waiting = make_run(), make_run(seed=1)
+    futures: dict[int, Future[None]] = {under_way.seed: Future(), waiting.seed: Future()}
+
+    def work():
+        (tmp_path / under_way.folder).mkdir(parents=True)
+        for steps in (60, 120):
+            (tmp_path / under_way.folder / "steps.txt").write_text(str(steps))
+            time.sleep(3)
+        for future in futures.values():
+            future.set_exception(RuntimeError("the end of the test"))
+
+    shown = io.StringIO()
+    worker = threading.Thread(target=work)
+    worker.start()
+    console = Console(file=shown, width=200, force_terminal=True, color_system=None)
+    run_all([under_way, waiting], tmp_path, lambda run, results: futures[run.seed], console)
+    worker.join()
+    (everything,), (one,) = (
+        set(re.findall(rf"^{name}\W+(\d+)/{total} \d+\.\d steps/s 0:00:\d\d", shown.getvalue(), flags=re.MULTILINE))
+        for name, total in (("all runs", 600), (str(under_way), 300))
+    )
+    assert everything == one == "120"
+    assert not re.search(rf"{waiting}\W+0/300", shown.getvalue())
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_the_runs_of_a_stopped_command_end_with_it(tmp_path, sent):
     """The signal goes to the command alone. The long run's process lets go of the lock, and has not come to its end."""
@@ -453,27 +481,45 @@ def test_the_command_tells_how_many_runs_failed(tmp_path, monkeypatch, capsys):
         assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_there_are_as_many_jobs_as_cores_that_the_command_may_use(monkeypatch, capsys):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 5}, raising=False)
+    monkeypatch.setattr("sys.argv", ["benchmark", "run", "--help"])
+    with pytest.raises(SystemExit):
+        command_line.main()
+    assert re.search(r"runs at a time\s+\(default: 3\)", capsys.readouterr().out)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`")
-def test_a_ray_cluster_of_two_machines_survives_the_death_of_a_worker(tmp_path):
+@pytest.mark.parametrize("what", ["worker", "machine"])
+def test_a_ray_cluster_of_two_machines_survives_the_death_of(what, tmp_path):
     """
-    Two nodes with one core each. The worker of the long run is killed when the other run has ended; Ray starts the run
-    anew, and it goes on from its checkpoint.
+    Two nodes with one core each, beside a head that has none. The worker of the long run, or its node, is killed when the
+    other run has ended; Ray starts the run anew, and it goes on from its checkpoint.
     """
     import ray
     from ray.cluster_utils import Cluster
 
     killed, other = make_run("stable_baselines3.SAC", steps=8000, eval_freq=400, eval_episodes=1), make_run(seed=1)
     before: list[pd.DataFrame] = []
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    cluster.add_node(num_cpus=1)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    machines = [cluster.add_node(num_cpus=1) for _ in range(2)]
+
+    def workers_of(machine) -> list[str]:
+        (raylet,) = machine.all_processes["raylet"]
+        line = ["pgrep", "-P", str(raylet.process.pid), "-f", "^ray::train"]
+        return subprocess.run(line, stdout=subprocess.PIPE, text=True).stdout.split()
 
     def kill():
         while not (is_finished(other, tmp_path) and list((tmp_path / killed.folder).glob("checkpoint/steps_*"))):
             time.sleep(0.05)
-        before.append(rows(killed, tmp_path))
-        while len(workers := subprocess.check_output(["pgrep", "-f", "^ray::train"], text=True).split()) > 1:
+        while len(found := [(machine, pid) for machine in machines for pid in workers_of(machine)]) > 1:
             time.sleep(0.05)
-        os.kill(int(workers[0]), signal.SIGKILL)
+        ((machine, pid),) = found
+        if what == "worker":
+            os.kill(int(pid), signal.SIGKILL)
+        else:
+            cluster.remove_node(machine, allow_graceful=False)
+        before.append(rows(killed, tmp_path))
 
     killer = threading.Thread(target=kill)
     try:
@@ -487,6 +533,7 @@ def test_a_ray_cluster_of_two_machines_survives_the_death_of_a_worker(tmp_path):
     killer.join()
     assert failed == [] and is_finished(killed, tmp_path) and is_finished(other, tmp_path)
     after = rows(killed, tmp_path)
+    assert json.loads((tmp_path / killed.folder / "run.json").read_text())["continued"]
     assert after.steps.tolist() == list(range(400, 8001, 400)) and 0 < len(before[0]) < len(after)
     assert after.seconds[0] == before[0].seconds[0]
 

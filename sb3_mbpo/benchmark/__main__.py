@@ -30,7 +30,7 @@ def main() -> None:
     run.add_argument("suite", help="quick, laptop, mujoco, or a YAML file")
     run.add_argument("--out", type=Path, help="folder of the results (default: results/SUITE)")
     run.add_argument("--backend", choices=("local", "ray"), default="local", help="(default: %(default)s)")
-    run.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="local: runs at a time (default: %(default)s)")
+    run.add_argument("--jobs", type=_positive, default=_cores(), help="local: runs at a time (default: %(default)s)")
     run.add_argument("--address", help="ray: of the cluster (default: a new one on this machine)")
     run.set_defaults(command=_run)
 
@@ -47,6 +47,11 @@ def main() -> None:
         parser.exit(2, f"{error}\n")
     except ModuleNotFoundError as error:
         parser.exit(2, f'{error}. Install what the benchmark needs: pip install "sb3_mbpo[benchmark]"\n')
+
+
+def _cores() -> int:
+    """:return: those that this process may use, which on a shared machine are not all"""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _positive(text: str) -> int:

@@ -1,7 +1,7 @@
 """
 One run of a suite, from its start or from where it was stopped, to its end. Its folder holds
 
-- ``run.json``: the run, versions, commit and machine, and these again, in ``continued``, where it went on with others,
+- ``run.json``: the run, versions, commit and machine, and these again, in ``continued``, each time that it went on,
 - ``evaluations.csv``: a row for each evaluation,
 - ``checkpoint``: while it is under way, and ``model.zip`` when it has ended,
 - ``steps.txt``: the environment steps so far, for whoever watches, and ``log.txt``: what it printed, and where it failed.
@@ -117,10 +117,7 @@ def _describe(run: Run, folder: Path, from_step: int) -> None:
     info = asdict(run) | now
     if from_step > 0:
         info = _read(path)
-        continued = info.get("continued", [])
-        before = [info, *continued][-1]
-        if any(before.get(name) != now[name] for name in ("versions", "commit", "machine")):
-            info["continued"] = [*continued, {"from_step": from_step} | now]
+        info["continued"] = [*info.get("continued", []), {"from_step": from_step} | now]
     write_whole(path, json.dumps(info, indent=2).encode())
 
 
