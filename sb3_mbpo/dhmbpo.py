@@ -30,7 +30,7 @@ DYNAMICS = {
     "max_grad_norm": None,
     "constant_noise": True,
 }
-#: Rounds of imagination whose states are kept to start from.
+#: Rounds of imagination, of whole rollouts, whose states are kept to start from.
 ROUNDS_KEPT = 10
 #: Updates of the critics alone after a fit, as a share of the environment steps until the next.
 CRITIC_SHARE = 0.25
@@ -55,7 +55,7 @@ class DHMBPO(MBPO):
     :param policy_kwargs: additional arguments to be passed to the policy on creation. Unless they say otherwise, it has SiLU
         between its layers, and five critics
     :param rollout_length: steps of the long rollouts
-    :param rollout_batch_size: rollouts per round. The states of the last ten rounds are kept, until the next fit
+    :param rollout_batch_size: rollouts per round. As many states are kept as ten whole rounds have, until the next fit
     :param rollout_freq: updates between two rounds, those of the critics alone not counted
     :param gradient_horizon: H, differentiable steps from each start state
     :param reward_fn: as for MBPO, but written for torch and marked with ``sb3_mbpo.takes_tensors``, as the policy learns

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from sb3_mbpo.dynamics import Dynamics, GaussianPrediction
 from sb3_mbpo.ensemble import GaussianEnsemble
+from sb3_mbpo.rules import evaluate_reward
 from sb3_mbpo.type_aliases import FitResult, Transitions
 
 #: A holdout of one row in five needs a few rows to say anything.
@@ -129,13 +130,14 @@ class KeptWeights:
                 parameter.copy_(value)
 
 
-def check_termination(dynamics: Dynamics, data: Transitions) -> None:
+def check_termination(dynamics: Dynamics, data: Transitions) -> bool:
     """
     Compares the known termination rule with what the environment logged. Where the rule changes within the rounding of
     float32, it agrees: ``VecNormalize`` has rounded the last observation of an episode.
 
     :param dynamics: with a ``termination_fn``
     :param data: all real transitions, raw
+    :return: whether the task ended anywhere, by one or the other: if not, the rule may still be wrong
     :raises ValueError: when they disagree about more than 1 % of the terminations
     """
     rounding = 1e-6 * (data.next_observations.std(dim=0) + data.next_observations.abs())
@@ -153,6 +155,7 @@ def check_termination(dynamics: Dynamics, data: Transitions) -> None:
             "Pass a `termination_fn` that fits this environment. (With `handle_timeout_termination=False` a time limit counts "
             "as a termination: leave it at True.)"
         )
+    return n_either > 0
 
 
 def fit_dynamics(
@@ -161,31 +164,35 @@ def fit_dynamics(
     termination_optimizer: th.optim.Optimizer,
     data: Transitions,
     generator: th.Generator,
-    is_first: bool,
+    last: FitResult | None,
 ) -> FitResult:
     """
-    Fits the ensemble and, unless the termination rule is known, the termination head.
+    Fits the ensemble and, unless the termination rule is known, the termination head. A known rule is held against the data
+    until the task has ended in them, see :func:`check_termination`.
 
     :param dynamics: fitted in place
     :param optimizer: of the ensemble, see :func:`make_optimizer`
     :param termination_optimizer: of the termination head
     :param data: all real transitions, raw
     :param generator: draws holdouts, bootstraps and batches
-    :param is_first: whether the dynamics was never fitted, or its last fit diverged; a known rule is then held against the
-        data, see :func:`check_termination`
-    :raises ValueError: when there are fewer than ``MIN_TRANSITIONS``, or the rule contradicts them
+    :param last: the fit before; ``None``: there was none
+    :raises ValueError: when there are fewer than ``MIN_TRANSITIONS``, the termination rule contradicts them, or the user's
+        functions do not return what they should
     """
     if data.n_rows < MIN_TRANSITIONS:
         raise ValueError(f"Got {data.n_rows} usable real transitions, but a fit needs {MIN_TRANSITIONS}: collect more first.")
-    if is_first and dynamics.termination_fn is not None:
-        check_termination(dynamics, data)
+    is_first = last is None or last.diverged
+    if is_first and dynamics.reward_fn is not None:  # now, instead of after a fit of a minute
+        evaluate_reward(dynamics.reward_fn, data.observations, dynamics.unscale_actions(data.actions), data.next_observations)
+    rule_checked = last is not None and last.rule_checked and not is_first
+    if dynamics.termination_fn is not None and not rule_checked:
+        rule_checked = check_termination(dynamics, data)
     start = time.perf_counter()
-    result = fit_ensemble(dynamics, optimizer, data, generator, is_first)
+    result = replace(fit_ensemble(dynamics, optimizer, data, generator, is_first), rule_checked=rule_checked)
     if dynamics.termination_fn is not None:
         return result
     precision, recall = fit_termination(dynamics, termination_optimizer, data, generator)
-    seconds = time.perf_counter() - start
-    return replace(result, seconds=seconds, termination_precision=precision, termination_recall=recall)
+    return replace(result, seconds=time.perf_counter() - start, termination_precision=precision, termination_recall=recall)
 
 
 def fit_ensemble(
@@ -214,9 +221,8 @@ def fit_ensemble(
     train, holdout = split_holdout(data, config.holdout_ratio, config.max_holdout, generator)
     dynamics.fit_scalers(train)
     inputs, targets = dynamics.scaled_inputs(train.observations, train.actions), dynamics.scaled_targets(train)
-    bootstrap = th.randint(
-        train.n_rows, (config.ensemble_size, train.n_rows), generator=generator, device=inputs.device
-    )  # drawn once: members differ because their data do
+    shape = (config.ensemble_size, train.n_rows)  # of a bootstrap drawn once: members differ because their data do
+    bootstrap = th.randint(train.n_rows, shape, generator=generator, device=inputs.device)
 
     steps_per_epoch = max(1, train.n_rows // config.batch_size)
     max_steps = config.max_gradient_steps_of(is_first)
@@ -304,10 +310,7 @@ def _evaluate(dynamics: Dynamics, holdout: Transitions) -> tuple[th.Tensor, Gaus
 
 
 def fit_termination(
-    dynamics: Dynamics,
-    optimizer: th.optim.Optimizer,
-    data: Transitions,
-    generator: th.Generator,
+    dynamics: Dynamics, optimizer: th.optim.Optimizer, data: Transitions, generator: th.Generator
 ) -> tuple[float, float]:
     """
     Fits the termination head on batches that are half terminations. The head's scaling is the ensemble's, so fit that
@@ -338,9 +341,8 @@ def fit_termination(
     elif len(ended):
         head.log_prior_odds.fill_(math.inf)
     with th.no_grad():
-        predicted = head.terminated(
-            dynamics.termination_inputs(holdout.observations, holdout.actions, holdout.next_observations)
-        )
+        inputs = dynamics.termination_inputs(holdout.observations, holdout.actions, holdout.next_observations)
+        predicted = head.terminated(inputs)
     correct = (predicted & holdout.terminated).sum().item()
     return (
         correct / predicted.sum().item() if predicted.any() else float("nan"),

@@ -84,7 +84,7 @@ class MBPO(ResumableSAC):
         ``rollout_batch_size * k * rollout_retain_steps / dynamics_train_freq`` rows; the oldest give way
     :param real_ratio: share of real rows in every batch, as a float or a schedule (function of the progress remaining,
         from 1 to 0). With 1, and a ``policy_delay`` of 1, the updates are SAC's
-    :param policy_delay: critic updates per update of the actor and the entropy coefficient
+    :param policy_delay: critic updates per update of the actor and the entropy coefficient; 1 while it runs as plain SAC
     :param termination_fn: ``(obs, action, next_obs) -> bool array of shape (batch,)``: whether the task has ended.
         It gets flat, raw observations (batch, obs_dim) and actions in the environment's units (batch, action_dim): float32
         NumPy arrays, or torch tensors if it is decorated with ``sb3_mbpo.takes_tensors``. A Dict's parts follow each other in
@@ -213,9 +213,10 @@ class MBPO(ResumableSAC):
         """Whether a fit is due: as soon as the warm-up is stored, then at every multiple of ``dynamics_train_freq``."""
         if self.idle_reason() is not None or self._current_real_ratio() == 1.0 or self.num_timesteps <= self.learning_starts:
             return False
-        if self.replay_buffer.size() * self.replay_buffer.n_envs <= self.learning_starts and not self.replay_buffer.full:
-            return False
         freq, last = self.dynamics_train_freq, self._last_fit_timestep
+        needed = max(self.learning_starts + 1, freq if last is not None else 0)  # fewer would spoil a loaded dynamics
+        if self.replay_buffer.size() * self.replay_buffer.n_envs < needed and not self.replay_buffer.full:
+            return False
         passed = last is None or self.imagination_result is None or self.num_timesteps // freq > last // freq
         return passed and count_usable(self.replay_buffer) >= MIN_TRANSITIONS
 
@@ -225,13 +226,12 @@ class MBPO(ResumableSAC):
 
         :return: what the fit found; kept as ``fit_result``
         :raises ValueError: when these observations are not modelled, the transitions are too few, or the known
-            termination rule contradicts them (checked at the first fit, and after one that diverged)
+            termination rule contradicts them (checked until the task has ended in them, and after a fit that diverged)
         """
         dynamics = self._modelled_dynamics()
         data = real_transitions(self.replay_buffer, self._layout, self.device)
         optimizers = (self.dynamics_optimizer, self.termination_optimizer)
-        is_first = self.fit_result is None or self.fit_result.diverged
-        self.fit_result = fit_dynamics(dynamics, *optimizers, data, self._generator, is_first)
+        self.fit_result = fit_dynamics(dynamics, *optimizers, data, self._generator, self.fit_result)
         self._last_fit_timestep = self.num_timesteps
         return self.fit_result
 

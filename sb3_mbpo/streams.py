@@ -56,8 +56,10 @@ def environment_streams(env: VecEnv, indices: Sequence[int] | None = None) -> li
     """
     chosen = range(env.num_envs) if indices is None else indices
     try:
-        generators = env.get_attr("np_random", list(chosen)) if env.has_attr("np_random") else [None for _ in chosen]
+        generators = env.get_attr("np_random", list(chosen)) if env.has_attr("np_random") else []
     except (AttributeError, NotImplementedError, TypeError):  # a VecEnv that is not made of Gymnasium's environments
+        generators = []
+    if len(generators) != len(chosen):  # there is none, or one whose `get_attr` does not choose
         generators = [None for _ in chosen]
     return [_numpy_state(generator) for generator in generators]
 

@@ -222,10 +222,10 @@ def _pendulum_reward(task: _Task) -> RewardFn:
 
 
 def _inverted_pendulum_reward(task: _Task) -> RewardFn:
-    terminated = _inverted_pendulum(task)
+    terminated, is_v4 = _inverted_pendulum(task), task.version == 4
 
     def reward(obs: th.Tensor, action: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
-        if task.version == 4:  # pays for the last step too
+        if is_v4:  # pays for the last step too
             return th.ones_like(next_obs[:, 0])
         paid: th.Tensor = ~terminated(obs, action, next_obs)
         return paid.float()
@@ -235,25 +235,27 @@ def _inverted_pendulum_reward(task: _Task) -> RewardFn:
 
 def _inverted_double_pendulum_reward(task: _Task) -> RewardFn:
     tip, terminated = _double_pendulum_tip(task), _inverted_double_pendulum(task)
-    alive_bonus = 10.0 if task.version == 4 else task.read("_healthy_reward")
+    is_v4 = task.version == 4
+    alive_bonus = 10.0 if is_v4 else task.read("_healthy_reward")
 
     def reward(obs: th.Tensor, action: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
         x, height = tip(next_obs)
         penalty = 0.01 * x.square() + (height - 2.0).square()
         penalty = penalty + 1e-3 * next_obs[:, 6].square() + 5e-3 * next_obs[:, 7].square()
-        paid = th.ones_like(x) if task.version == 4 else (~terminated(obs, action, next_obs)).float()
+        paid = th.ones_like(x) if is_v4 else (~terminated(obs, action, next_obs)).float()
         return alive_bonus * paid - penalty
 
     return reward
 
 
 def _reacher_reward(task: _Task) -> RewardFn:
+    is_v4 = task.version == 4
     distance_weight, control_weight = (
-        (1.0, 1.0) if task.version == 4 else (task.read("_reward_dist_weight"), task.read("_reward_control_weight"))
+        (1.0, 1.0) if is_v4 else (task.read("_reward_dist_weight"), task.read("_reward_control_weight"))
     )
 
     def reward(obs: th.Tensor, action: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
-        state = obs if task.version == 4 else next_obs  # v4 measures the distance before it moves
+        state = obs if is_v4 else next_obs  # v4 measures the distance before it moves
         cost: th.Tensor = distance_weight * state[:, 8:].norm(dim=-1) + control_weight * action.square().sum(dim=-1)
         return -cost
 
@@ -261,14 +263,13 @@ def _reacher_reward(task: _Task) -> RewardFn:
 
 
 def _pusher_reward(task: _Task) -> RewardFn:
+    is_v4 = task.version == 4
     near, distance, control = (
-        (0.5, 1.0, 0.1)
-        if task.version == 4
-        else tuple(task.read(f"_reward_{part}_weight") for part in ("near", "dist", "control"))
+        (0.5, 1.0, 0.1) if is_v4 else tuple(task.read(f"_reward_{part}_weight") for part in ("near", "dist", "control"))
     )
 
     def reward(obs: th.Tensor, action: th.Tensor, next_obs: th.Tensor) -> th.Tensor:
-        state = obs if task.version == 4 else next_obs
+        state = obs if is_v4 else next_obs
         arm, thing, goal = state[:, 14:17], state[:, 17:20], state[:, 20:23]
         cost: th.Tensor = near * (thing - arm).norm(dim=-1) + distance * (thing - goal).norm(dim=-1)
         cost = cost + control * action.square().sum(dim=-1)

@@ -63,6 +63,7 @@ class FitResult:
     seconds: float
     termination_precision: float | None = None  # None: the termination is known, not learned
     termination_recall: float | None = None
+    rule_checked: bool = False  # a known termination rule has been held against data in which a task ended
 
 
 @dataclass(frozen=True)

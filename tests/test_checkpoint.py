@@ -281,6 +281,18 @@ def test_in_the_middle_of_an_episode_nothing_is_lost_and_a_new_one_begins(tmp_pa
     assert all_equal(first, second)
 
 
+def test_a_vec_env_that_always_answers_for_all_of_its_environments_trains():
+    """Its streams are not known, so a checkpoint begins new episodes."""
+
+    class AnswersForAll(DummyVecEnv):
+        def get_attr(self, attr_name, indices=None):
+            return super().get_attr(attr_name)
+
+    env = AnswersForAll([LineEnv, LineEnv])
+    assert environment_streams(env, [1]) == [None]
+    assert make(env).learn(100).num_timesteps == 100
+
+
 def test_an_environment_that_draws_in_its_steps_begins_a_new_episode(tmp_path):
     stopped = make(line(env=DrawsInSteps)).learn(80)
     save_checkpoint(stopped, tmp_path)

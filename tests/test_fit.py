@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from sb3_mbpo.fit import (
     split_holdout,
 )
 from sb3_mbpo.rules import takes_tensors
-from sb3_mbpo.type_aliases import Transitions
+from sb3_mbpo.type_aliases import FitResult, Transitions
 
 
 @pytest.fixture(scope="module")
@@ -605,13 +606,26 @@ def test_a_rule_may_be_wrong_about_one_termination_in_a_hundred(generator):
         check_termination(dynamics, data)
 
 
-def test_the_rule_is_held_against_the_log_at_the_first_fit_alone(generator):
+def test_the_rule_is_held_against_the_log_until_the_task_has_ended_there(generator):
+    """A fit of data in which nothing ended has not checked it; one that has is the last, unless it diverges."""
     dynamics = make_dynamics(generator, max_gradient_steps=2)
-    dynamics.termination_fn = takes_tensors(lambda obs, action, next_obs: next_obs[:, 0] > 1.5)
-    arguments = dynamics, make_optimizer(dynamics), None, half_plane(500, generator, threshold=1.0), generator
+    data = half_plane(500, generator, threshold=1.0)
+    quiet = data.rows(data.next_observations[:, 0] <= 1.0)
+
+    def fit(rule: float, rows: Transitions, last: FitResult | None) -> FitResult:
+        dynamics.termination_fn = takes_tensors(lambda obs, action, next_obs: next_obs[:, 0] > rule)
+        return fit_dynamics(dynamics, make_optimizer(dynamics), None, rows, generator, last)
+
+    first = fit(1.5, quiet, None)
+    second = fit(1.5, quiet, first)
     with pytest.raises(ValueError, match="The termination rule disagrees"):
-        fit_dynamics(*arguments, is_first=True)
-    assert fit_dynamics(*arguments, is_first=False).gradient_steps == 2
+        fit(1.5, data, second)
+    third = fit(1.0, data, second)
+    assert [result.rule_checked for result in (first, second, third)] == [False, False, True]
+    assert fit(1.5, data, third).rule_checked
+    for last in (None, replace(third, diverged=True)):
+        with pytest.raises(ValueError, match="The termination rule disagrees"):
+            fit(1.5, data, last)
 
 
 # ---------------------------------------------------------------- what breaks

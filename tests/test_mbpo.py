@@ -18,6 +18,7 @@ from sb3_mbpo import DHMBPO, MBPO
 from sb3_mbpo.checkpoint import load_checkpoint, save_checkpoint
 from sb3_mbpo.fit import fit_ensemble
 from sb3_mbpo.imagination import sample_actions
+from sb3_mbpo.rules import takes_tensors
 from sb3_mbpo.type_aliases import FitResult, ImaginationResult
 
 
@@ -56,6 +57,8 @@ def test_fits_come_after_the_warm_up_and_at_every_multiple():
     watch = Watch()
     make().learn(105, callback=watch)
     assert watch.fits == [41, 60, 80, 100]
+    make(learning_starts=12).learn(45, callback=watch)
+    assert watch.fits == [13, 20, 40]
 
 
 def test_after_a_fit_that_diverged_the_next_one_is_a_first_one(monkeypatch):
@@ -379,6 +382,15 @@ def test_save_and_load_keep_the_model_that_imagines(tmp_path):
     assert state > model.dynamics_optimizer.state_dict()["state"][0]["step"]  # Adam goes on
 
 
+@pytest.mark.parametrize(("buffer_size", "fits"), [(1000, [100, 120, 140]), (15, [95, 100, 120, 140])])
+def test_a_few_rows_do_not_replace_what_a_loaded_dynamics_has_learned(tmp_path, buffer_size, fits):
+    """Fits are 20 steps apart; a replay buffer that is full has no more to give."""
+    make(buffer_size=buffer_size).learn(80).save(tmp_path / "model")
+    loaded, watch = MBPO.load(tmp_path / "model", env=LineEnv(), learning_starts=0), Watch()
+    loaded.learn(60, callback=watch, reset_num_timesteps=False)
+    assert watch.fits == fits
+
+
 def test_save_and_load_keep_the_learned_termination(tmp_path):
     model = make(NoiseEnv()).learn(45)
     model.save(tmp_path / "model")
@@ -596,6 +608,13 @@ def test_what_is_not_finite_never_enters_a_buffer(where, normalize):
 def test_a_user_function_of_the_wrong_shape_stops_the_first_fit():
     with pytest.raises(ValueError, match="`termination_fn` must return one bool per row"):
         make(termination_fn=lambda obs, action, next_obs: np.zeros((len(obs), 1), dtype=bool)).learn(80)
+
+
+@pytest.mark.parametrize("algorithm", [MBPO, DHMBPO])
+def test_a_reward_of_the_wrong_shape_is_found_before_the_long_first_fit(algorithm, monkeypatch):
+    monkeypatch.setattr("sb3_mbpo.fit.fit_ensemble", None)
+    with pytest.raises(ValueError, match=r"`reward_fn` must return one float per row, shape \(41,\)"):
+        make(algorithm=algorithm, reward_fn=takes_tensors(lambda obs, action, next_obs: -next_obs.abs())).learn(80)
 
 
 def test_a_termination_rule_that_contradicts_the_environment_stops_the_first_fit():

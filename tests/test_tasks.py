@@ -1,3 +1,6 @@
+import threading
+
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -179,3 +182,12 @@ def test_what_may_have_been_changed_is_not_known():
     assert known_termination_fn(make_vec_env("CartPole-v1")) is None
     with pytest.raises(ValueError, match="Expected a VecEnv, but got TimeLimit"):
         known_reward_fn(gym.make("Pendulum-v1"))
+
+
+@pytest.mark.parametrize("env_id", [env_id for env_id, env_kwargs in TASKS if not env_kwargs])
+def test_rules_hold_on_to_no_environment(env_id):
+    """``save`` pickles them, and an environment can often not be pickled."""
+    env = make_vec_env(env_id)
+    env.lock = threading.Lock()
+    for rule in (known_termination_fn(env), known_reward_fn(env)):
+        assert len(cloudpickle.dumps(rule)) < 10_000
