@@ -210,7 +210,7 @@ class MBPO(ResumableSAC):
         self._read_task()
 
     def dynamics_due(self) -> bool:
-        """Whether a fit is due: as soon as the warm-up is stored, then at every multiple of ``dynamics_train_freq``."""
+        """Whether a fit is due: once the warm-up is stored (anew after loading), then every ``dynamics_train_freq`` steps."""
         if self.idle_reason() is not None or self._current_real_ratio() == 1.0 or self.num_timesteps <= self.learning_starts:
             return False
         freq, last = self.dynamics_train_freq, self._last_fit_timestep
