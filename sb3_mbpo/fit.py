@@ -140,22 +140,23 @@ def check_termination(dynamics: Dynamics, data: Transitions) -> bool:
     :return: whether the task ended anywhere, by one or the other: if not, the rule may still be wrong
     :raises ValueError: when they disagree about more than 1 % of the terminations
     """
-    rounding = 1e-6 * (data.next_observations.std(dim=0) + data.next_observations.abs())
-    predicted, *nearby = (
-        dynamics.terminated(data.observations, data.actions, data.next_observations + side * rounding) for side in (0, 1, -1)
-    )
+    following = data.next_observations
+    predicted = dynamics.terminated(data.observations, data.actions, following)
+    if not (n_either := int((predicted | data.terminated).sum())):
+        return False
+    rounding = 1e-6 * (following.std(dim=0) + following.abs())
+    nearby = [dynamics.terminated(data.observations, data.actions, following + side * rounding) for side in (1, -1)]
     wrong = th.stack([answer != data.terminated for answer in (predicted, *nearby)]).all(dim=0)
-    n_wrong, n_either = int(wrong.sum()), int((predicted | data.terminated).sum())
-    if n_wrong > 0.01 * n_either:
+    if (n_wrong := int(wrong.sum())) > 0.01 * n_either:
         row = int(wrong.nonzero()[0])
         raise ValueError(
             f"The termination rule disagrees with the environment in {n_wrong} of {data.n_rows} transitions, "
             f"rows {wrong.nonzero().flatten()[:10].tolist()}: for row {row} it says {bool(predicted[row])}, the environment "
-            f"said {bool(data.terminated[row])}, next observation {data.next_observations[row].tolist()}. "
+            f"said {bool(data.terminated[row])}, next observation {following[row].tolist()}. "
             "Pass a `termination_fn` that fits this environment. (With `handle_timeout_termination=False` a time limit counts "
             "as a termination: leave it at True.)"
         )
-    return n_either > 0
+    return True
 
 
 def fit_dynamics(
@@ -176,8 +177,7 @@ def fit_dynamics(
     :param data: all real transitions, raw
     :param generator: draws holdouts, bootstraps and batches
     :param last: the fit before; ``None``: there was none
-    :raises ValueError: when there are fewer than ``MIN_TRANSITIONS``, the termination rule contradicts them, or the user's
-        functions do not return what they should
+    :raises ValueError: when there are fewer than ``MIN_TRANSITIONS``, or a rule contradicts them or has another shape or type
     """
     if data.n_rows < MIN_TRANSITIONS:
         raise ValueError(f"Got {data.n_rows} usable real transitions, but a fit needs {MIN_TRANSITIONS}: collect more first.")
