@@ -29,6 +29,7 @@ from rich.console import Console
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_mbpo import checkpoint
 from sb3_mbpo.benchmark import __main__ as command_line
 from sb3_mbpo.benchmark import callbacks, suite, training
 from sb3_mbpo.benchmark.callbacks import Evaluation, read_rows
@@ -60,7 +61,9 @@ def rows(run: Run, results) -> pd.DataFrame:
 def test_a_run_leaves_its_evaluations_its_model_and_what_repeats_it(tmp_path, class_name):
     run = make_run(class_name)
     assert not is_finished(run, tmp_path) and steps_so_far(run, tmp_path) == 0
+    th.set_num_threads(2)
     train(run, tmp_path)
+    assert th.get_num_threads() == 1
     assert is_finished(run, tmp_path) and steps_so_far(run, tmp_path) == 300
     table = rows(run, tmp_path)
     assert table.steps.tolist() == [100, 200, 300] and table.length_mean.eq(200).all()
@@ -143,8 +146,9 @@ def test_evaluations_count_the_steps_of_all_environments(tmp_path):
     assert rows(run, tmp_path).steps.tolist() == [102, 201, 300]
 
 
-def test_evaluations_cost_no_training_time(tmp_path, monkeypatch):
-    """By a clock that an evaluation puts forward by an hour, and a step of training by a second."""
+@pytest.mark.parametrize("class_name", ["sb3_mbpo.MBPO", "stable_baselines3.SAC"])
+def test_evaluations_and_checkpoints_cost_no_training_time(tmp_path, monkeypatch, class_name):
+    """By a clock that an evaluation puts forward by an hour, a checkpoint by a day, and a step of training by a second."""
     clock = [0.0]
 
     def evaluate(*args, **kwargs):
@@ -156,11 +160,21 @@ def test_evaluations_cost_no_training_time(tmp_path, monkeypatch):
             clock[0] += 1.0
             return True
 
+    def takes_a_day(save):
+        def slow(*args, **kwargs):
+            clock[0] += 86_400.0
+            return save(*args, **kwargs)
+
+        return slow
+
     monkeypatch.setattr(callbacks, "evaluate_policy", evaluate)
     monkeypatch.setattr(training, "StepsFile", Ticks)
+    monkeypatch.setattr(callbacks.PlainCheckpoints, "_save", takes_a_day(callbacks.PlainCheckpoints._save))
+    monkeypatch.setattr(checkpoint, "save_checkpoint", takes_a_day(checkpoint.save_checkpoint))
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    run = make_run("stable_baselines3.SAC", kwargs=TINY | {"learning_starts": 1000})
+    run = make_run(class_name, kwargs=TINY | {"learning_starts": 1000})
     train(run, tmp_path)
+    assert clock[0] > 2 * 86_400.0
     assert rows(run, tmp_path).seconds.tolist() == [99.0, 199.0, 299.0]  # each comes before the tick of its step
 
 
@@ -410,7 +424,10 @@ def test_a_killed_suite_goes_on_with_the_same_command(tmp_path, one_core):
 
 
 def test_progress_has_the_steps_speed_and_time_left_of_each_run_under_way(tmp_path):
+    """Not of one that an earlier command has begun and that waits."""
     under_way, waiting = make_run(), make_run(seed=1)
+    (tmp_path / waiting.folder).mkdir(parents=True)
+    (tmp_path / waiting.folder / "steps.txt").write_text("40")
     futures: dict[int, Future[None]] = {under_way.seed: Future(), waiting.seed: Future()}
 
     def work():
@@ -431,8 +448,8 @@ def test_progress_has_the_steps_speed_and_time_left_of_each_run_under_way(tmp_pa
         set(re.findall(rf"^{name}\W+(\d+)/{total} \d+\.\d steps/s 0:00:\d\d", shown.getvalue(), flags=re.MULTILINE))
         for name, total in (("all runs", 600), (str(under_way), 300))
     )
-    assert everything == one == "120"
-    assert not re.search(rf"{waiting}\W+0/300", shown.getvalue())
+    assert (everything, one) == ("160", "120")
+    assert not re.search(rf"{waiting}\W+\d+/300", shown.getvalue())
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])

@@ -2,12 +2,14 @@
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization
@@ -20,7 +22,7 @@ class Evaluation(BaseCallback):
     """
     Runs the deterministic policy whenever the environment steps pass a multiple of ``eval_freq``, and at the end of training,
     and writes a row: the steps, mean and standard deviation of the returns, the mean length of the episodes, the updates so
-    far, and the seconds of training so far, without those of evaluations.
+    far, and the seconds of training so far, without those of evaluations and of what else was ``uncounted``.
 
     :param eval_env: one environment with true returns
     :param eval_freq: environment steps
@@ -46,16 +48,47 @@ class Evaluation(BaseCallback):
         if not self.rows or self.rows[-1]["steps"] < self.num_timesteps:
             self._evaluate()
 
-    def _evaluate(self) -> None:
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What happens inside takes no seconds of training."""
         before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
+
+    def _evaluate(self) -> None:
+        seconds = time.perf_counter() - self.start
+        with self.uncounted():
+            self._write_row(seconds)
+
+    def _write_row(self, seconds: float) -> None:
         sync_envs_normalization(self.training_env, self.eval_env)
         self.eval_env.seed(self.seed + self.num_timesteps)
         returns, lengths = evaluate_policy(self.model, self.eval_env, self.episodes, return_episode_rewards=True)
         averages = [np.mean(returns), np.std(returns), np.mean(lengths)]
-        row = [self.num_timesteps, *averages, self.model._n_updates, before - self.start]
+        row = [self.num_timesteps, *averages, self.model._n_updates, seconds]
         self.rows.append(dict(zip(COLUMNS, row, strict=True)))
         write_whole(self.path, pd.DataFrame(self.rows).to_csv(index=False).encode())
-        self.start += time.perf_counter() - before
+
+
+class Uncounted(CallbackList):
+    """
+    A callback that saves at the start or between two rollouts, which takes no seconds of training.
+
+    :param callback: that saves
+    :param evaluation: that counts the seconds; its training has started before
+    """
+
+    def __init__(self, callback: BaseCallback, evaluation: Evaluation) -> None:
+        super().__init__([callback])
+        self.evaluation = evaluation
+
+    def _on_training_start(self) -> None:
+        with self.evaluation.uncounted():
+            super()._on_training_start()
+
+    def _on_rollout_start(self) -> None:
+        with self.evaluation.uncounted():
+            super()._on_rollout_start()
 
 
 class StepsFile(BaseCallback):

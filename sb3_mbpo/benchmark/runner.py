@@ -117,6 +117,7 @@ def run_all(runs: Sequence[Run], results: Path, submit: Submit, console: Console
     with Progress(*columns, console=console, speed_estimate_period=600) as progress:
         everything = progress.add_task("all runs", total=sum(run.steps for run in todo))
         bars = {run.folder: progress.add_task(escape(str(run)), total=run.steps, visible=False) for run in todo}
+        before = {run.folder: steps_so_far(run, results) for run in todo}  # of an earlier command
         pending = set(futures)
         while pending:
             ended, pending = wait(pending, timeout=2, return_when=FIRST_COMPLETED)
@@ -124,7 +125,7 @@ def run_all(runs: Sequence[Run], results: Path, submit: Submit, console: Console
                 console.print(_last_words(futures[future], results, future.exception()))
             steps = {run.folder: steps_so_far(run, results) for run in todo}
             for future, run in futures.items():
-                under_way = future in pending and steps[run.folder] > 0
+                under_way = future in pending and steps[run.folder] != before[run.folder]
                 progress.update(bars[run.folder], completed=steps[run.folder], visible=under_way)
             progress.update(everything, completed=sum(steps.values()))
     return [run for future, run in futures.items() if future.exception() is not None]

@@ -25,7 +25,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_mbpo import MBPO
-from sb3_mbpo.benchmark.callbacks import Evaluation, PlainCheckpoints, StepsFile, plain_checkpoints
+from sb3_mbpo.benchmark.callbacks import Evaluation, PlainCheckpoints, StepsFile, Uncounted, plain_checkpoints
 from sb3_mbpo.benchmark.provenance import commit, processor, versions
 from sb3_mbpo.benchmark.suite import Run, algorithm_class
 from sb3_mbpo.checkpoint import CheckpointCallback, checkpoints, load_checkpoint
@@ -150,7 +150,7 @@ def _train(run: Run, folder: Path) -> None:
     evaluation = Evaluation(
         make_env(run, training=False), run.eval_freq, run.eval_episodes, 10_000 * (run.seed + 1), folder / "evaluations.csv"
     )
-    callbacks = [evaluation, StepsFile(folder / "steps.txt"), saving]
+    callbacks = [evaluation, StepsFile(folder / "steps.txt"), Uncounted(saving, evaluation)]
     model.learn(run.steps - model.num_timesteps, callback=callbacks, reset_num_timesteps=False)
     file = io.BytesIO()
     model.save(file)
