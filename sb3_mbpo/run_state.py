@@ -73,7 +73,7 @@ def restore(
     _restore_buffer(model.replay_buffer, content["replay_buffer"], store)
     if content["imagined"] is not None:
         _restore_imagined(model, content["imagined"], store)
-    _end_last_episodes(model.replay_buffer)
+    end_last_episodes(model.replay_buffer)
     vec_env = model.get_env()
     assert vec_env is not None
     wrappers = _vec_normalizes(vec_env)
@@ -140,7 +140,7 @@ def _restore_buffer(buffer: ReplayBuffer, content: dict[str, Any], store: BlobSt
         buffer._current_ep_start = np.array(content["current_episode_starts"])
 
 
-def _end_last_episodes(buffer: ReplayBuffer) -> None:
+def end_last_episodes(buffer: ReplayBuffer) -> None:
     """If any are still open: n-step returns, goals and next observations must not reach into the episodes to come."""
     if buffer.size() == 0:
         return

@@ -94,7 +94,8 @@ class Experiment(ExperimentManager):
             self.custom_hyperparams = trial | (self.custom_hyperparams or {})
         hyperparams, saved_hyperparams = super().read_hyperparameters()
         if ours and self.continue_training:
-            self._check_statistics(bool(hyperparams.get("normalize")))
+            normalize = hyperparams.get("normalize")  # an empty dict normalises, too
+            self._check_statistics(bool(normalize) or isinstance(normalize, dict))
         if ours and "rl_zoo3.callbacks.ParallelTrainCallback" in str(hyperparams.get("callback")):
             raise ValueError(
                 "`ParallelTrainCallback` trains a copy of the model in a thread, and the copy would get neither the fitted "

@@ -227,6 +227,28 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, class_
     assert after.seconds.is_monotonic_increasing and is_finished(run, tmp_path)
 
 
+def test_n_step_returns_end_where_a_run_was_stopped(tmp_path, monkeypatch):
+    """At step 50, in the middle of an episode: the environment begins a new one."""
+    run = make_run("stable_baselines3.SAC", eval_freq=50, steps=100)
+    run = dataclasses.replace(run, kwargs=run.kwargs | {"n_steps": 3, "gamma": 0.9})
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "StepsFile", lambda path: StopsAt(70))
+        with pytest.raises(Stopped):
+            train(run, tmp_path)
+    model = training._load(run, make_env(run, training=True), tmp_path / run.folder / "checkpoint")
+    model.learn(10, reset_num_timesteps=False)
+    rows_before = model.replay_buffer._get_samples(np.array([47, 48, 49]))
+    np.testing.assert_allclose(rows_before.discounts.ravel(), [0.9**3, 0.9**2, 0.9], rtol=1e-6)
+    assert rows_before.dones.sum() == 0  # the task has not ended
+
+
+def test_rewards_are_scaled_by_returns_of_the_discount_of_the_algorithm():
+    """As the Zoo does with the same settings."""
+    run = make_run(normalize={"gamma": 0.5})
+    with_its_own = dataclasses.replace(run, kwargs=run.kwargs | {"gamma": 0.9})
+    assert make_env(run, training=True).gamma == 0.5 and make_env(with_its_own, training=True).gamma == 0.9
+
+
 def test_rows_that_the_model_has_not_made_yet_are_dropped(tmp_path, monkeypatch):
     """The checkpoint of step 200 failed, say: the evaluation of that step will come again."""
     run = make_run()

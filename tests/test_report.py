@@ -345,6 +345,19 @@ def test_thresholds_in_words(two_scales):
     assert "**Base** reaches" not in report
 
 
+def test_it_says_where_the_baseline_has_learned_little(tmp_path):
+    """Its end is a score of 0.09 in E and of 0.1 in F."""
+    for environment, end in (("E", 9.0), ("F", 10.0)):
+        write_run(tmp_path, environment, "SAC", 0, [0.0, end], scores=[0, 100])
+        write_run(tmp_path, environment, "A", 0, [20.0, 30.0], scores=[0, 100])
+    report = report_of(tmp_path)
+    assert report.count("SAC has learned little here") == 1
+    assert (
+        "\n\nSAC has learned little here: that return is a score of 0.09."
+        in report[report.index("## E") : report.index("## F")]
+    )
+
+
 def test_a_threshold_that_few_seeds_reach_makes_no_sentence(tmp_path):
     """The table tells."""
     for seed in range(3):
@@ -523,10 +536,41 @@ def test_a_run_that_went_on_with_something_else_counts_for_both(tmp_path):
     }
 
 
+def test_it_says_where_an_algorithm_has_runs_of_different_commits(tmp_path):
+    """In E, where the run of seed 1 went on with another one. Other algorithms and environments do not matter."""
+    write_run(tmp_path, "E", "A", 0, [1.0], commit="abc")
+    write_run(tmp_path, "E", "A", 1, [1.0], commit="abc", continued=[{"commit": "def"}])
+    write_run(tmp_path, "E", "SAC", 0, [1.0], commit="ghi")
+    write_run(tmp_path, "F", "SAC", 0, [1.0], commit="jkl")
+    report = report_of(tmp_path)
+    assert "\n- E: the runs of A are of different commits: abc, def.\n" in report
+    assert report.count("different commits") == 1
+
+
+def test_it_says_where_minutes_are_of_different_processors(tmp_path, figures):
+    """In E, where A went on elsewhere. In F all that say so were on the same one."""
+    for environment in "EF":
+        write_run(tmp_path, environment, "SAC", 0, [1.0], machine={"processor": "P", "cores": 2})
+        write_run(tmp_path, environment, "B", 0, [1.0])
+    write_run(tmp_path, "E", "A", 0, [1.0], machine={"processor": "P"}, continued=[{"machine": {"processor": "Q"}}])
+    write_run(tmp_path, "F", "A", 0, [1.0], machine={"processor": "P"})
+    report = report_of(tmp_path)
+    assert "\n- E: not all runs had the same processor, so their minutes do not compare: A P, Q; SAC P.\n" in report
+    assert "F: not all runs" not in report
+    labels = [figures[name].axes[1].get_xlabel() for name in ("E.png", "F.png")]
+    assert labels == ["minutes of training, on different processors", "minutes of training"]
+
+
 def test_an_unknown_baseline_is_an_error(two_scales):
     """It lists those that there are."""
     with pytest.raises(ValueError, match=r"baseline 'SAC': pass one of \['A', 'Base'\]"):
         write_report(two_scales, baseline="SAC")
+
+
+def test_equal_scores_may_be_written_differently(tmp_path):
+    write_run(tmp_path, "E", "SAC", 0, [0.5], scores=[0, 1])
+    write_run(tmp_path, "E", "SAC", 1, [0.5], scores=[0.0, 1.0])
+    assert table_after(report_of(tmp_path), "The returns that count") == {"E": ["0", "1.00", "given in `run.json`"]}
 
 
 @pytest.mark.parametrize(

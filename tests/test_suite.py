@@ -157,6 +157,7 @@ def test_algorithms_are_found_by_module_and_class():
         ({"algorithms": {"SAC": {"class": "stable_baselines3.SAC", "kwargs": {"seed": 1}}}}, r"no parameters \['seed'\]"),
         ({"algorithms": {"SAC": {"class": "stable_baselines3.SAC", "kwargs": 5}}}, "a mapping as `kwargs`, but got 5"),
         ({"algorithms": {"SAC": {"class": "stable_baselines3.SAC", "normalize": 5}}}, "as `normalize`, but got 5"),
+        ({"algorithms": {"SAC": {"class": "antigravity_.SAC"}}}, r"\(No module named 'antigravity_'\)"),
         ({"algorithms": {"SAC": {"class": 5}}}, "no algorithm 5: write its module"),
         ({"algorithms": ["SAC"]}, r"a mapping of at least one entry as `algorithms` in .*suite.yml, but got \['SAC'\]"),
         ({"environments": {}}, "a mapping of at least one entry as `environments` in .*suite.yml, but got {}"),

@@ -200,7 +200,9 @@ def test_going_on_with_other_normalisation_is_refused(tmp_path):
     """The settings are read anew, so the policy would see other observations than before."""
     train, raw = f"train --algo mbpo --env Short-v0 -n 20 -params {TINY}", "normalize:False"
     first, second = ("-f more -i logs/mbpo/Short-v0_1/Short-v0.zip", "-f more -i logs/mbpo/Short-v0_2/Short-v0.zip")
-    said = zoo(tmp_path, train, f"{train} {raw}", f"{train} {raw} {first}", f"{train} {second}", f"{train} {first}")
+    said = zoo(
+        tmp_path, train, f"{train} {raw}", f"{train} {raw} {first}", f"{train} {second}", f"{train} normalize:{{}} {first}"
+    )
     assert "ValueError: logs/mbpo/Short-v0_1/Short-v0.zip saw observations normalised with" in said[2]
     assert "mbpo.yml normalise, but logs/mbpo/Short-v0_2/Short-v0/vecnormalize.pkl is not there" in said[3]
     assert "ValueError" not in said[0] + said[1] + said[4] and "Loading saved VecNormalize stats" in said[4]

@@ -1,9 +1,9 @@
 """What a run of the benchmark does beside training: evaluate, tell how far it is, save what it needs to go on."""
 
+import contextlib
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Evaluation(BaseCallback):
         if not self.rows or self.rows[-1]["steps"] < self.num_timesteps:
             self._evaluate()
 
-    @contextmanager
+    @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
         """What happens inside takes no seconds of training."""
         before = time.perf_counter()
@@ -114,7 +114,8 @@ class StepsFile(BaseCallback):
     def _write(self) -> None:
         partial = self.path.with_name(f"{self.path.name}.partial")
         partial.write_text(str(self.num_timesteps))
-        partial.replace(self.path)  # without waiting for the disk, which would count as training
+        with contextlib.suppress(PermissionError):  # Windows: somebody reads it just now
+            partial.replace(self.path)  # without waiting for the disk, which would count as training
 
 
 class PlainCheckpoints(BaseCallback):

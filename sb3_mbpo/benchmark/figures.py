@@ -71,7 +71,7 @@ def make_styles(algorithms: Iterable[str]) -> dict[str, Style]:
     }
 
 
-def draw_curves(path: Path, environment: str, curves: Mapping[str, Curve], styles: Mapping[str, Style]) -> None:
+def draw_curves(path: Path, environment: str, curves: Mapping[str, Curve], styles: Mapping[str, Style], time: str) -> None:
     """
     Learning curves by environment steps and by wall-clock time.
 
@@ -79,6 +79,7 @@ def draw_curves(path: Path, environment: str, curves: Mapping[str, Curve], style
     :param environment: its name, for the title
     :param curves: by algorithm; at least one
     :param styles: by algorithm
+    :param time: what the wall-clock time is of
     """
     longest = max(curve.seconds.max() for curve in curves.values())
     unit, seconds = ("hours", 3600) if longest >= 7200 else ("minutes", 60)
@@ -90,7 +91,7 @@ def draw_curves(path: Path, environment: str, curves: Mapping[str, Curve], style
             _draw_curve(by_steps, curve.steps, curve, styles[name], labels[name])
             _draw_curve(by_time, curve.seconds / seconds, curve, styles[name])
         by_steps.set(xlabel="environment steps", ylabel="return")
-        by_time.set(xlabel=f"{unit} of training")
+        by_time.set(xlabel=f"{unit} of {time}")
         for axes in (by_steps, by_time):
             axes.grid(axis="y")
             axes.xaxis.set_major_locator(MaxNLocator(5))

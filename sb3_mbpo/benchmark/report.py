@@ -1,6 +1,5 @@
 """The report on what :mod:`sb3_mbpo.benchmark.results` has read: ``report.md`` and its pictures."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -33,6 +32,9 @@ percentile intervals of a stratified bootstrap: {RESAMPLES:,} times the runs are
 of other seeds, not of other environments, and need two seeds at least on every environment. Of two or three seeds on one
 environment they reach from the lowest to the highest. From few runs they come out too narrow: "1.00 to 1.00" says that every
 run won, not that every other one will."""
+
+#: A score below this is said to be little.
+LITTLE = 0.1
 
 
 class Benchmark(NamedTuple):
@@ -79,7 +81,7 @@ def write_report(folder: str | Path, out: str | Path | None = None, baseline: st
     out.mkdir(parents=True, exist_ok=True)
     sections = ["# Benchmark", _summary(benchmark), *_what_to_know(benchmark), *_aggregate(benchmark, ranges)]
     for environment in benchmark.environments:
-        sections += _environment(benchmark, environment)
+        sections += _environment(benchmark, environment, ranges[environment][:2])
     report = out / "report.md"
     sections += ["## How to read this", HOW_TO_READ, "## What it was run with", _provenance(runs)]
     report.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
@@ -125,6 +127,7 @@ def _what_to_know(benchmark: Benchmark) -> list[str]:
         if seeds.nunique() > 1:
             differing = "; ".join(f"{algorithm} {found}" for algorithm, found in seeds.items())
             lines.append(f"{environment}: the algorithms have different seeds: {differing}. Compare them seed by seed.")
+        lines += _made_with_different_things(benchmark, environment)
     seeds_of = benchmark.common.groupby(["environment", "algorithm"])["seed"].nunique()
     for environment, algorithm in seeds_of[seeds_of == 1].index:
         lines.append(f"{environment}: {algorithm} has one seed, so neither its curve there nor its score has an interval.")
@@ -134,16 +137,41 @@ def _what_to_know(benchmark: Benchmark) -> list[str]:
     return ["## What to know first", "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
+def _made_with_different_things(benchmark: Benchmark, environment: str) -> Iterable[str]:
+    if _processors_differ(benchmark, environment):
+        found = _by_algorithm(benchmark, environment, "processor")
+        differing = "; ".join(f"{algorithm} {', '.join(sorted(names))}" for algorithm, names in sorted(found.items()))
+        yield f"{environment}: not all runs had the same processor, so their minutes do not compare: {differing}."
+    for algorithm, commits in sorted(_by_algorithm(benchmark, environment, "commit").items()):
+        if len(commits) > 1:
+            yield f"{environment}: the runs of {algorithm} are of different commits: {', '.join(sorted(commits))}."
+
+
+def _processors_differ(benchmark: Benchmark, environment: str) -> bool:
+    return len(set().union(*_by_algorithm(benchmark, environment, "processor").values())) > 1
+
+
+def _by_algorithm(benchmark: Benchmark, environment: str, name: str) -> dict[str, set[str]]:
+    """:return: what the runs of each algorithm were made with, as far as they say"""
+    found: dict[str, set[str]] = {}
+    for run in benchmark.runs:
+        values = {value for key, value in _made_with(run) if key == name}
+        if run.info["environment"] == environment and values:
+            found.setdefault(run.info["algorithm"], set()).update(values)
+    return found
+
+
 def _score_range(benchmark: Benchmark, environment: str) -> tuple[float, float, str]:
     """:return: the returns that count as 0 and 1, and where they are from"""
     runs = [run for run in benchmark.runs if run.info["environment"] == environment]
-    given = {json.dumps(run.info["scores"]) for run in runs if run.info.get("scores") is not None}
+    given = set()
+    for scores in (run.info["scores"] for run in runs if run.info.get("scores") is not None):
+        check_scores(environment, scores)
+        given.add((float(scores[0]), float(scores[1])))
     if len(given) > 1:
         raise ValueError(f"The runs on {environment} disagree about `scores`: {sorted(given)}. Make them equal in run.json.")
     if given:
-        scores = json.loads(given.pop())
-        check_scores(environment, scores)
-        return float(scores[0]), float(scores[1]), "given in `run.json`"
+        return *given.pop(), "given in `run.json`"
     low, high = score_range(benchmark.common.query("environment == @environment"))
     return low, high, "lowest and highest mean over the seeds of an algorithm at any evaluation"
 
@@ -191,13 +219,15 @@ def _aggregate(benchmark: Benchmark, ranges: dict[str, tuple[float, float, str]]
     return sections
 
 
-def _environment(benchmark: Benchmark, environment: str) -> list[str]:
+def _environment(benchmark: Benchmark, environment: str, score_range: tuple[float, float]) -> list[str]:
+    """:param score_range: the returns that count as 0 and 1"""
     common = benchmark.common.query("environment == @environment")
     if common.empty:
         return [f"## {environment}", "No algorithm here has an evaluation that all its seeds have."]
     curves = {str(name): _curve(rows, benchmark.rng) for name, rows in common.groupby("algorithm")}
     picture = re.sub(r"[^A-Za-z0-9.-]", "_", environment) + ".png"
-    draw_curves(benchmark.out / picture, environment, curves, benchmark.styles)
+    time = "training, on different processors" if _processors_differ(benchmark, environment) else "training"
+    draw_curves(benchmark.out / picture, environment, curves, benchmark.styles, time)
     header = ["algorithm", "return at the end", "each seed", "last three evaluations", "steps", "minutes", "updates / second"]
     returns = last_evaluations(common)["return_mean"].abs()
     decimals = _decimals(returns[np.isfinite(returns)].max())
@@ -207,7 +237,7 @@ def _environment(benchmark: Benchmark, environment: str) -> list[str]:
         "Interquartile mean of the seeds and its 95 % interval, over environment steps and over the time of training.",
         _table(header, [[name, *_end(rows, decimals)] for name, rows in common.groupby("algorithm")]),
         "Mean ± standard deviation of the seeds. Minutes are those of training, without evaluations, mean of the seeds.",
-        *_thresholds(benchmark, environment, decimals),
+        *_thresholds(benchmark, environment, score_range, decimals),
     ]
 
 
@@ -233,7 +263,7 @@ def _end(rows: pd.DataFrame, decimals: int) -> list[str]:
     ]
 
 
-def _thresholds(benchmark: Benchmark, environment: str, decimals: int) -> list[str]:
+def _thresholds(benchmark: Benchmark, environment: str, score_range: tuple[float, float], decimals: int) -> list[str]:
     baseline = benchmark.baseline
     end = last_evaluations(benchmark.common.query("environment == @environment and algorithm == @baseline"))
     threshold = float(end["return_mean"].mean(skipna=False)) if len(end) else np.nan
@@ -248,6 +278,12 @@ def _thresholds(benchmark: Benchmark, environment: str, decimals: int) -> list[s
         if reached.steps is not None and algorithm != baseline:
             some = f" ({reached.seeds} of {reached.all_seeds} seeds)" if reached.seeds < reached.all_seeds else ""
             sentences.append(f"- **{algorithm}** reaches {goal} after {after} steps{some}.")
+    low, high = score_range
+    if low < high and (threshold - low) / (high - low) < LITTLE:
+        score = _number((threshold - low) / (high - low), 2)
+        sentences.append(
+            f"\n{baseline} has learned little here: that return is a score of {score}. To reach it says little, too."
+        )
     return [
         f"Steps to {goal}: the first evaluation that reaches it, median of the seeds. Seeds that\n"
         "never do count as infinitely late, and of two medians the lower one is taken:",

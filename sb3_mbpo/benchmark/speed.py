@@ -7,7 +7,6 @@ Computers drift: what is compared is measured in turn, and a ratio is the median
 import importlib.util
 import itertools
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +51,7 @@ def measure_speed(threads: int, rounds: int, width: int, run_steps: int, memory:
     """
     th.set_num_threads(threads)
     unit = th.cuda.get_device_name(device) if th.device(device).type == "cuda" else device
+    peaks = _measure_memory() if memory else {}  # first: on Linux a process inherits the peak of the one that starts it
     result: Result = {
         "machine": {"processor": processor(), "threads": threads, "device": unit} | versions(),
         "updates": _measure_updates(rounds, width, device),
@@ -61,7 +61,7 @@ def measure_speed(threads: int, rounds: int, width: int, run_steps: int, memory:
     if run_steps:
         result["run"] = _measure_run(width, run_steps, device)
     if memory:
-        result["memory"] = _measure_memory()
+        result["memory"] = peaks
     return result
 
 
@@ -254,7 +254,9 @@ def _measure_memory() -> Result:
 
 
 def _peak_memory(env_kwargs: dict[str, Any], k: int, rollout_batch_size: int) -> float:
-    """GB that a process needs until its imagined buffer is full."""
+    """GB that a process needs until its imagined buffer is full. Not on Windows."""
+    import resource
+
     model = _mbpo(gym.make(**env_kwargs), rollout_length=k, rollout_batch_size=rollout_batch_size, device="cpu")
     assert model.imagined_buffer is not None
     while len(model.imagined_buffer) < 0.99 * model.imagined_buffer.capacity:

@@ -120,7 +120,9 @@ def algorithm_class(name: str) -> type[OffPolicyAlgorithm]:
         module, _, attribute = name.rpartition(".")
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"There is no algorithm {name!r}: write its module and class, such as 'sb3_contrib.TQC'.") from error
+        raise ValueError(
+            f"There is no algorithm {name!r}: write its module and class, such as 'sb3_contrib.TQC' ({error})."
+        ) from error
     if not (isinstance(found, type) and issubclass(found, OffPolicyAlgorithm)):
         raise ValueError(f"{name!r} is no off-policy algorithm of Stable-Baselines3, and the benchmark compares only those.")
     return found

@@ -30,6 +30,7 @@ from sb3_mbpo.benchmark.provenance import commit, processor, versions
 from sb3_mbpo.benchmark.suite import Run, algorithm_class
 from sb3_mbpo.checkpoint import CheckpointCallback, checkpoints, load_checkpoint
 from sb3_mbpo.hyperparams import as_arguments
+from sb3_mbpo.run_state import end_last_episodes
 from sb3_mbpo.storage import write_whole
 
 #: Whatever a run normalises, its evaluation neither learns from what it sees nor touches the returns.
@@ -89,7 +90,11 @@ def make_env(run: Run, training: bool) -> VecEnv:
     env = make_vec_env(run.environment, run.n_envs if training else 1, env_kwargs=run.env_kwargs)
     if run.normalize is None:
         return env
-    return VecNormalize(env, **run.normalize) if training else VecNormalize(env, **{**run.normalize, **EVALUATED})
+    if not training:
+        return VecNormalize(env, **{**run.normalize, **EVALUATED})
+    # as in the Zoo, rewards are scaled by returns of the algorithm's own discount
+    discount = {"gamma": run.kwargs["gamma"]} if "gamma" in run.kwargs else {}
+    return VecNormalize(env, **{**run.normalize, **discount})
 
 
 def _check_that_it_is(run: Run, folder: Path) -> None:
@@ -170,5 +175,7 @@ def _load(run: Run, env: VecEnv, folder: Path) -> OffPolicyAlgorithm | None:
         env = VecNormalize.load(str(found[-1] / "vec_normalize.pkl"), env.venv)
     model = algorithm.load(found[-1] / "model.zip", env, device="cpu")
     model.load_replay_buffer(found[-1] / "replay_buffer.pkl")
+    assert model.replay_buffer is not None
+    end_last_episodes(model.replay_buffer)  # the environment begins new ones
     model.set_random_seed(run.seed + model.num_timesteps)  # not the noise of the beginning once more
     return model
