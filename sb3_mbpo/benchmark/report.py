@@ -127,7 +127,10 @@ def _what_to_know(benchmark: Benchmark) -> list[str]:
         if seeds.nunique() > 1:
             differing = "; ".join(f"{algorithm} {found}" for algorithm, found in seeds.items())
             lines.append(f"{environment}: the algorithms have different seeds: {differing}. Compare them seed by seed.")
-        lines += _made_with_different_things(benchmark, environment)
+        processors = _processors(benchmark, environment)
+        if len(processors) > 1:
+            differing = ". ".join(f"{name}: {'; '.join(sorted(found))}" for name, found in sorted(processors.items()))
+            lines.append(f"{environment}: minutes do not compare across processors. {differing}.")
     seeds_of = benchmark.common.groupby(["environment", "algorithm"])["seed"].nunique()
     for environment, algorithm in seeds_of[seeds_of == 1].index:
         lines.append(f"{environment}: {algorithm} has one seed, so neither its curve there nor its score has an interval.")
@@ -137,28 +140,14 @@ def _what_to_know(benchmark: Benchmark) -> list[str]:
     return ["## What to know first", "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
-def _made_with_different_things(benchmark: Benchmark, environment: str) -> Iterable[str]:
-    if _processors_differ(benchmark, environment):
-        found = _by_algorithm(benchmark, environment, "processor")
-        differing = "; ".join(f"{algorithm} {', '.join(sorted(names))}" for algorithm, names in sorted(found.items()))
-        yield f"{environment}: not all runs had the same processor, so their minutes do not compare: {differing}."
-    for algorithm, commits in sorted(_by_algorithm(benchmark, environment, "commit").items()):
-        if len(commits) > 1:
-            yield f"{environment}: the runs of {algorithm} are of different commits: {', '.join(sorted(commits))}."
-
-
-def _processors_differ(benchmark: Benchmark, environment: str) -> bool:
-    return len(set().union(*_by_algorithm(benchmark, environment, "processor").values())) > 1
-
-
-def _by_algorithm(benchmark: Benchmark, environment: str, name: str) -> dict[str, set[str]]:
-    """:return: what the runs of each algorithm were made with, as far as they say"""
-    found: dict[str, set[str]] = {}
+def _processors(benchmark: Benchmark, environment: str) -> dict[str, set[str]]:
+    """:return: the processors that runs were on, as far as they say, and the algorithms that were on each"""
+    algorithms: dict[str, set[str]] = {}
     for run in benchmark.runs:
-        values = {value for key, value in _made_with(run) if key == name}
-        if run.info["environment"] == environment and values:
-            found.setdefault(run.info["algorithm"], set()).update(values)
-    return found
+        if run.info["environment"] == environment:
+            for processor in {value for name, value in _made_with(run) if name == "processor"}:
+                algorithms.setdefault(processor, set()).add(run.info["algorithm"])
+    return algorithms
 
 
 def _score_range(benchmark: Benchmark, environment: str) -> tuple[float, float, str]:
@@ -226,7 +215,7 @@ def _environment(benchmark: Benchmark, environment: str, score_range: tuple[floa
         return [f"## {environment}", "No algorithm here has an evaluation that all its seeds have."]
     curves = {str(name): _curve(rows, benchmark.rng) for name, rows in common.groupby("algorithm")}
     picture = re.sub(r"[^A-Za-z0-9.-]", "_", environment) + ".png"
-    time = "training, on different processors" if _processors_differ(benchmark, environment) else "training"
+    time = "training, on different processors" if len(_processors(benchmark, environment)) > 1 else "training"
     draw_curves(benchmark.out / picture, environment, curves, benchmark.styles, time)
     header = ["algorithm", "return at the end", "each seed", "last three evaluations", "steps", "minutes", "updates / second"]
     returns = last_evaluations(common)["return_mean"].abs()
