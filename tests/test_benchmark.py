@@ -1,4 +1,5 @@
 import json
+import subprocess
 from functools import partial
 from importlib.metadata import version
 
@@ -6,7 +7,7 @@ import pytest
 import torch as th
 
 from sb3_mbpo.benchmark import __main__ as command_line
-from sb3_mbpo.benchmark import speed
+from sb3_mbpo.benchmark import provenance, speed
 
 
 @pytest.fixture
@@ -42,6 +43,27 @@ def test_the_command_prints_all_and_writes_it_as_json(tiny, monkeypatch, tmp_pat
     assert len(shares) == 3 and min(shares) > 0 and sum(shares) < 1  # the rest is the environment
     printed = capsys.readouterr().out
     assert all(name in printed for section in ("updates", "fit", "run") for name in result[section])
+
+
+def test_the_commit_is_that_of_the_package_and_says_whether_files_have_changed(tmp_path, monkeypatch):
+    """Not of a checkout that the package only lies in."""
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    (tmp_path / "provenance.py").write_text("first")
+    (tmp_path / "other.py").write_text("theirs")
+
+    def git(*arguments):
+        identity = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+        return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    git("init", "--quiet")
+    git("add", "other.py")
+    git("commit", "--quiet", "--message", "of others")
+    assert provenance.commit() is None
+    git("add", "provenance.py")
+    git("commit", "--quiet", "--message", "ours")
+    assert provenance.commit() == git("rev-parse", "HEAD")[:12]
+    (tmp_path / "provenance.py").write_text("second")
+    assert provenance.commit() == git("rev-parse", "HEAD")[:12] + "+"
 
 
 def test_an_unknown_command_is_refused(monkeypatch):

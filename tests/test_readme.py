@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from test_mbpo import LOGGED, LOGGED_BY_DHMBPO
 
 from sb3_mbpo import DHMBPO, MBPO
+from sb3_mbpo.benchmark.report import write_report
 from sb3_mbpo.benchmark.results import load_results
 from sb3_mbpo.benchmark.suite import load_suite
 from sb3_mbpo.benchmark.training import _differences
@@ -79,6 +81,12 @@ def test_the_results_are_of_the_suite_as_it_is_now(suite, results):
         assert not _differences(run, folder), run
         steps = pd.read_csv(folder / "evaluations.csv")["steps"].tolist()
         assert steps == list(range(run.eval_freq, run.steps + 1, run.eval_freq)), run
+
+
+def test_the_report_is_of_the_results(tmp_path, monkeypatch):
+    """Its text, which the pictures are made with."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **kwargs: None)
+    assert write_report(ROOT / ".results", tmp_path).read_text() == (ROOT / ".results/report/report.md").read_text()
 
 
 def test_the_ablations_are_what_the_runs_have_written():
