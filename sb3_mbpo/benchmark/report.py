@@ -267,17 +267,18 @@ def _thresholds(benchmark: Benchmark, environment: str, score_range: tuple[float
         if reached.steps is not None and algorithm != baseline:
             some = f" ({reached.seeds} of {reached.all_seeds} seeds)" if reached.seeds < reached.all_seeds else ""
             sentences.append(f"- **{algorithm}** reaches {goal} after {after} steps{some}.")
+    sections = ["\n".join(sentences)] if sentences else []
     low, high = score_range
     if low < high and (threshold - low) / (high - low) < LITTLE:
         score = _number((threshold - low) / (high - low), 2)
-        sentences.append(
-            f"\n{baseline} has learned little here: that return is a score of {score}. To reach it says little, too."
+        sections.append(
+            f"{baseline} has learned little here: that return is a score of {score}. To reach it says little, too."
         )
     return [
         f"Steps to {goal}: the first evaluation that reaches it, median of the seeds. Seeds that\n"
         "never do count as infinitely late, and of two medians the lower one is taken:",
         _table(["algorithm", "steps", "reached by seeds"], rows),
-        *(["\n".join(sentences)] if sentences else []),
+        *sections,
     ]
 
 
