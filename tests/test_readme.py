@@ -71,7 +71,12 @@ def test_every_parameter_is_listed_with_its_default():
 
 @pytest.mark.parametrize(
     ("suite", "results"),
-    [("laptop", ".results"), (ROOT / "tests" / "ablations.yml", ".ablations"), (ROOT / "tests" / "fits.yml", ".fits")],
+    [
+        ("laptop", ".results"),
+        (ROOT / "tests" / "ablations.yml", ".ablations"),
+        (ROOT / "tests" / "fits.yml", ".fits"),
+        (ROOT / "tests" / "settings.yml", ".settings"),
+    ],
 )
 def test_the_results_are_of_the_suite_as_it_is_now(suite, results):
     runs = [run for run in load_suite(suite) if (ROOT / results / run.folder).exists()]
@@ -141,6 +146,26 @@ def test_the_returns_of_both_rules_of_fits_are_what_the_runs_have_written():
         returns = of_run.set_index("steps")["return_mean"]
         expected = [*returns[[10_000, 15_000, 20_000]], returns[returns.index > 5000].mean()]
         assert cells == [f"{number:.0f}" for number in expected]
+
+
+def test_what_the_settings_buy_is_what_the_runs_have_written():
+    """At 8,000 steps, and the mean of the evaluations from 2,000 to there, of each of seeds 0 and 1."""
+    header, rows = table("| one setting as in the paper |")
+    shown = {
+        (*column.split(" ", 1), "MBPO" if setting == "none: ours" else setting): cell
+        for setting, *cells in rows
+        for column, cell in zip(header[1:], cells, strict=True)
+    }
+    changed, ours = load_results(ROOT / ".settings"), load_results(ROOT / ".results").query("algorithm == 'MBPO'")
+    evaluations = pd.concat([changed, ours[ours["environment"].isin(changed["environment"])]])
+    expected = {}
+    for (environment, algorithm), part in evaluations.query("seed < 2 and 2000 <= steps <= 8000").groupby(
+        ["environment", "algorithm"]
+    ):
+        returns = part.groupby("seed")["return_mean"]
+        for what, values in (("at 8000", returns.last()), ("mean", returns.mean())):
+            expected[environment, what, algorithm] = "; ".join(f"{value:.0f}" for value in values)
+    assert shown == expected
 
 
 def test_the_table_of_dhmbpo_is_what_the_runs_have_written():
