@@ -269,11 +269,9 @@ def _thresholds(benchmark: Benchmark, environment: str, score_range: tuple[float
             sentences.append(f"- **{algorithm}** reaches {goal} after {after} steps{some}.")
     sections = ["\n".join(sentences)] if sentences else []
     low, high = score_range
-    if low < high and (threshold - low) / (high - low) < LITTLE:
-        score = _number((threshold - low) / (high - low), 2)
-        sections.append(
-            f"{baseline} has learned little here: that return is a score of {score}. To reach it says little, too."
-        )
+    if low < high and (score := (threshold - low) / (high - low)) < LITTLE:
+        little = f"that return is a score of {_number(score, 2)}. To reach it says little, too."
+        sections.append(f"{baseline} has learned little here: {little}")
     return [
         f"Steps to {goal}: the first evaluation that reaches it, median of the seeds. Seeds that\n"
         "never do count as infinitely late, and of two medians the lower one is taken:",
