@@ -536,18 +536,28 @@ def test_a_run_that_went_on_with_something_else_counts_for_both(tmp_path):
     }
 
 
-def test_it_says_where_minutes_are_of_different_processors(tmp_path, figures):
-    """In E, where A went on elsewhere. In F all that say so were on the same one."""
-    for environment in "EF":
-        write_run(tmp_path, environment, "SAC", 0, [1.0], machine={"processor": "P", "cores": 2})
+def test_it_says_where_minutes_are_of_different_machines(tmp_path, figures):
+    """In E and G, where A was or went on elsewhere. In F all that say so were on the same one."""
+
+    def on(processor, cores, torch):
+        return {"machine": {"processor": processor, "cores": cores}, "versions": {"torch": torch}}
+
+    for environment in "EFG":
+        write_run(tmp_path, environment, "SAC", 0, [1.0], **on("P", 2, "2.13.0"))
         write_run(tmp_path, environment, "B", 0, [1.0])
-    write_run(tmp_path, "E", "A", 0, [1.0], machine={"processor": "P"}, continued=[{"machine": {"processor": "Q"}}])
-    write_run(tmp_path, "F", "A", 0, [1.0], machine={"processor": "P"})
+    write_run(tmp_path, "E", "A", 0, [1.0], **on("P", 2, "2.13.0"), continued=[on("Q", 2, "2.13.0")])
+    write_run(tmp_path, "F", "A", 0, [1.0], **on("P", 2, "2.13.0"))
+    write_run(tmp_path, "G", "A", 0, [1.0], **on("P", 16, "2.13.0"))
+    write_run(tmp_path, "G", "C", 0, [1.0], **on("P", 2, "2.11.0"))
     report = report_of(tmp_path)
-    assert "\n- E: minutes do not compare across processors. P: A; SAC. Q: A.\n" in report
+    first = "torch 2.13.0, processor P, cores 2"
+    second = "torch 2.13.0, processor Q, cores 2"
+    assert f"\n- E: minutes do not compare across machines. {first}: A; SAC. {second}: A.\n" in report
+    second, third = "torch 2.13.0, processor P, cores 16", "torch 2.11.0, processor P, cores 2"
+    assert f"\n- G: minutes do not compare across machines. {third}: C. {second}: A. {first}: SAC.\n" in report
     assert "F: minutes" not in report
-    labels = [figures[name].axes[1].get_xlabel() for name in ("E.png", "F.png")]
-    assert labels == ["minutes of training, on different processors", "minutes of training"]
+    labels = [figures[f"{name}.png"].axes[1].get_xlabel() for name in "EFG"]
+    assert labels == [f"minutes of training{where}" for where in (", on different machines", "", ", on different machines")]
 
 
 def test_an_unknown_baseline_is_an_error(two_scales):

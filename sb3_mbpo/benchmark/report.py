@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -127,10 +127,10 @@ def _what_to_know(benchmark: Benchmark) -> list[str]:
         if seeds.nunique() > 1:
             differing = "; ".join(f"{algorithm} {found}" for algorithm, found in seeds.items())
             lines.append(f"{environment}: the algorithms have different seeds: {differing}. Compare them seed by seed.")
-        processors = _processors(benchmark, environment)
-        if len(processors) > 1:
-            differing = ". ".join(f"{name}: {'; '.join(sorted(found))}" for name, found in sorted(processors.items()))
-            lines.append(f"{environment}: minutes do not compare across processors. {differing}.")
+        machines = _machines(benchmark, environment)
+        if len(machines) > 1:
+            differing = ". ".join(f"{name}: {'; '.join(sorted(found))}" for name, found in sorted(machines.items()))
+            lines.append(f"{environment}: minutes do not compare across machines. {differing}.")
     seeds_of = benchmark.common.groupby(["environment", "algorithm"])["seed"].nunique()
     for environment, algorithm in seeds_of[seeds_of == 1].index:
         lines.append(f"{environment}: {algorithm} has one seed, so neither its curve there nor its score has an interval.")
@@ -140,13 +140,15 @@ def _what_to_know(benchmark: Benchmark) -> list[str]:
     return ["## What to know first", "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
-def _processors(benchmark: Benchmark, environment: str) -> dict[str, set[str]]:
-    """:return: the processors that runs were on, as far as they say, and the algorithms that were on each"""
+def _machines(benchmark: Benchmark, environment: str) -> dict[str, set[str]]:
+    """:return: processors, cores and PyTorch of the runs that say which, and the algorithms that ran with each"""
     algorithms: dict[str, set[str]] = {}
     for run in benchmark.runs:
         if run.info["environment"] == environment:
-            for processor in {value for name, value in _made_with(run) if name == "processor"}:
-                algorithms.setdefault(processor, set()).add(run.info["algorithm"])
+            for stage in _stages(run):
+                if stage.get("machine"):
+                    parts = [f"{name} {value}" for name, value in _made_with(stage) if name in ("torch", "processor", "cores")]
+                    algorithms.setdefault(", ".join(parts), set()).add(run.info["algorithm"])
     return algorithms
 
 
@@ -215,7 +217,7 @@ def _environment(benchmark: Benchmark, environment: str, score_range: tuple[floa
         return [f"## {environment}", "No algorithm here has an evaluation that all its seeds have."]
     curves = {str(name): _curve(rows, benchmark.rng) for name, rows in common.groupby("algorithm")}
     picture = re.sub(r"[^A-Za-z0-9.-]", "_", environment) + ".png"
-    time = "training, on different processors" if len(_processors(benchmark, environment)) > 1 else "training"
+    time = "training, on different machines" if len(_machines(benchmark, environment)) > 1 else "training"
     draw_curves(benchmark.out / picture, environment, curves, benchmark.styles, time)
     header = ["algorithm", "return at the end", "each seed", "last three evaluations", "steps", "minutes", "updates / second"]
     returns = last_evaluations(common)["return_mean"].abs()
@@ -283,7 +285,7 @@ def _thresholds(benchmark: Benchmark, environment: str, score_range: tuple[float
 def _provenance(runs: Sequence[RunFiles]) -> str:
     values: dict[str, Counter[str]] = {}
     for run in runs:
-        for name, value in dict.fromkeys(_made_with(run)):
+        for name, value in dict.fromkeys(entry for stage in _stages(run) for entry in _made_with(stage)):
             values.setdefault(name, Counter())[value] += 1
     rows = []
     for name, counter in values.items():
@@ -294,12 +296,16 @@ def _provenance(runs: Sequence[RunFiles]) -> str:
     return _table(["", "value"], rows) if rows else "The runs do not say."
 
 
-def _made_with(run: RunFiles) -> Iterable[tuple[str, str]]:
-    """:return: names and values of what the run was made with, then of what it went on with"""
-    for info in [run.info, *run.info.get("continued", [])]:
-        entries = [*(info.get("versions") or {}).items(), *(info.get("machine") or {}).items()]
-        entries += [(name, info[name]) for name in ("commit", "date") if info.get(name) is not None]
-        yield from ((name, str(value)) for name, value in entries)
+def _stages(run: RunFiles) -> list[dict[str, Any]]:
+    """:return: what the run says of itself, then what it says each time that it went on"""
+    return [run.info, *run.info.get("continued", [])]
+
+
+def _made_with(stage: dict[str, Any]) -> list[tuple[str, str]]:
+    """:return: names and values of what a stage of a run was made with"""
+    entries = [*(stage.get("versions") or {}).items(), *(stage.get("machine") or {}).items()]
+    entries += [(name, stage[name]) for name in ("commit", "date") if stage.get(name) is not None]
+    return [(name, str(value)) for name, value in entries]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
