@@ -76,6 +76,7 @@ def test_every_parameter_is_listed_with_its_default():
         (ROOT / "tests" / "ablations.yml", ".ablations"),
         (ROOT / "tests" / "fits.yml", ".fits"),
         (ROOT / "tests" / "settings.yml", ".settings"),
+        (ROOT / "tests" / "rounds.yml", ".rounds"),
     ],
 )
 def test_the_results_are_of_the_suite_as_it_is_now(suite, results):
@@ -165,6 +166,20 @@ def test_what_the_settings_buy_is_what_the_runs_have_written():
         for what, values in (("at 8000", returns.last()), ("mean", returns.mean())):
             expected[environment, what, algorithm] = "; ".join(f"{value:.0f}" for value in values)
     assert shown == expected
+
+
+def test_what_the_rounds_buy_is_what_the_runs_have_written():
+    """Means of the evaluations from 1,500 steps on, of each of seeds 0 and 1."""
+    header, rows = table("| `rollout_retain_steps` |")
+    shown = {
+        (task, int(steps.split()[0])): cell for steps, *cells in rows for task, cell in zip(header[1:], cells, strict=True)
+    }
+    for (environment, steps), cell in shown.items():
+        folder, algorithm = {250: (".rounds", "rounds of 250 steps"), 1000: (".results", "MBPO")}[steps]
+        evaluations = load_results(ROOT / folder).query("seed < 2 and steps >= 1500")
+        of_runs = evaluations[(evaluations["environment"] == environment) & (evaluations["algorithm"] == algorithm)]
+        assert cell.split("; ") == [f"{returns.mean():.0f}" for _, returns in of_runs.groupby("seed")["return_mean"]]
+    assert {task for task, _ in shown} == {"InvertedPendulum-v5", "InvertedDoublePendulum-v5"}
 
 
 def test_the_table_of_dhmbpo_is_what_the_runs_have_written():
