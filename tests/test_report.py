@@ -550,11 +550,11 @@ def test_it_says_where_minutes_are_of_different_machines(tmp_path, figures):
     write_run(tmp_path, "G", "A", 0, [1.0], **on("P", 16, "2.13.0"))
     write_run(tmp_path, "G", "C", 0, [1.0], **on("P", 2, "2.11.0"))
     report = report_of(tmp_path)
-    first = "torch 2.13.0, processor P, cores 2"
-    second = "torch 2.13.0, processor Q, cores 2"
-    assert f"\n- E: minutes do not compare across machines. {first}: A; SAC. {second}: A.\n" in report
-    second, third = "torch 2.13.0, processor P, cores 16", "torch 2.11.0, processor P, cores 2"
-    assert f"\n- G: minutes do not compare across machines. {third}: C. {second}: A. {first}: SAC.\n" in report
+    sentence = "minutes do not compare across machines and versions of PyTorch"
+    first, second = "processor P, cores 2, torch 2.13.0", "processor Q, cores 2, torch 2.13.0"
+    assert f"\n- E: {sentence}. {first}: A; SAC. {second}: A.\n" in report
+    second, third = "processor P, cores 16, torch 2.13.0", "processor P, cores 2, torch 2.11.0"
+    assert f"\n- G: {sentence}. {second}: A. {third}: C. {first}: SAC.\n" in report
     assert "F: minutes" not in report
     labels = [figures[f"{name}.png"].axes[1].get_xlabel() for name in "EFG"]
     assert labels == [f"minutes of training{where}" for where in (", on different machines", "", ", on different machines")]

@@ -130,7 +130,7 @@ def _what_to_know(benchmark: Benchmark) -> list[str]:
         machines = _machines(benchmark, environment)
         if len(machines) > 1:
             differing = ". ".join(f"{name}: {'; '.join(sorted(found))}" for name, found in sorted(machines.items()))
-            lines.append(f"{environment}: minutes do not compare across machines. {differing}.")
+            lines.append(f"{environment}: minutes do not compare across machines and versions of PyTorch. {differing}.")
     seeds_of = benchmark.common.groupby(["environment", "algorithm"])["seed"].nunique()
     for environment, algorithm in seeds_of[seeds_of == 1].index:
         lines.append(f"{environment}: {algorithm} has one seed, so neither its curve there nor its score has an interval.")
@@ -147,7 +147,8 @@ def _machines(benchmark: Benchmark, environment: str) -> dict[str, set[str]]:
         if run.info["environment"] == environment:
             for stage in _stages(run):
                 if stage.get("machine"):
-                    parts = [f"{name} {value}" for name, value in _made_with(stage) if name in ("torch", "processor", "cores")]
+                    made_with = dict(_made_with(stage))
+                    parts = [f"{name} {made_with[name]}" for name in ("processor", "cores", "torch") if name in made_with]
                     algorithms.setdefault(", ".join(parts), set()).add(run.info["algorithm"])
     return algorithms
 
